@@ -1,0 +1,200 @@
+"""Since when is a thing so? What earlier looks at a device leave behind for the next decision.
+
+Rules:
+1. A history belongs to one instance of an id. Another identity under the same id starts a new one.
+2. An unbroken time starts anew whenever one look says otherwise; what nobody looked at breaks nothing and proves nothing.
+3. What a device was (served by whom, on which disk) stays known after it died: the kernel forgets it at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from duende_ublkd.core.model import KernelState, Server, Verdict, VerdictKind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from duende_ublkd.core.model import Identity, Observation
+
+_FIRST_RETRY = 1.0  # seconds after a deletion that failed; doubles up to the longest
+_LONGEST_RETRY = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Overdue:
+    """A command that missed its deadline, and when that was seen."""
+
+    command: str
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """One instance of a device over all looks so far. Times are CLOCK_MONOTONIC seconds."""
+
+    identity: Identity
+    first_seen: float
+    last_seen: float
+    phase: tuple[object, ...]  # kernel state, has a disk, has a node, is served
+    phase_since: float
+    seen_live: bool = False  # LIVE with a disk: it was started, and can never be again once it is DEAD
+    seen_idle_since: float | None = None  # we saw it DEAD, without disk, not known to be open, ever since
+    idle_since: float | None = None  # it has been so, for what can be told of the time before our first look
+    server: Server | None = None  # the last one known alive
+    disk_rdevs: frozenset[tuple[int, int]] = frozenset()
+    death_seen: float | None = None
+    overdue: Overdue | None = None
+    failures: int = 0
+    retry_at: float = 0.0
+    verdict: Verdict | None = None
+    verdict_since: float = 0.0
+
+
+class Ledger:
+    """The histories of all ids that were there at the last look."""
+
+    def __init__(self) -> None:
+        self._histories: dict[int, History] = {}
+
+    def __contains__(self, dev_id: int) -> bool:
+        return dev_id in self._histories
+
+    def ids(self) -> tuple[int, ...]:
+        """Every id that has a history, lowest first."""
+        return tuple(sorted(self._histories))
+
+    def get(self, dev_id: int) -> History | None:
+        """The history of an id, if there is one."""
+        return self._histories.get(dev_id)
+
+    def record(self, seen: Observation) -> History:
+        """Add one look and return the history that includes it."""
+        past = self._histories.get(seen.dev_id)
+        if past is None or not _same_instance(past.identity, seen.identity):
+            history = _begin(seen)
+        else:
+            history = _continue(past, seen)
+        self._histories[seen.dev_id] = history
+        return history
+
+    def note_verdict(self, dev_id: int, verdict: Verdict, at: float) -> tuple[History, Verdict | None]:
+        """Remember a decision. Returns the history and the verdict it replaces, None when the kind is unchanged."""
+        past = self._histories[dev_id]
+        before = past.verdict
+        changed = before is None or before.kind is not verdict.kind or before.action is not verdict.action
+        since = past.verdict_since
+        if before is None or before.kind is not verdict.kind:
+            since = at
+        history = replace(past, verdict=verdict, verdict_since=since)
+        self._histories[dev_id] = history
+        return history, (before or Verdict(VerdictKind.UNKNOWN, "never seen before")) if changed else None
+
+    def note_open(self, dev_id: int, at: float) -> None:
+        """The kernel said that somebody has the char device open: the idle time starts anew after that."""
+        if past := self._histories.get(dev_id):
+            self._histories[dev_id] = replace(past, seen_idle_since=at, idle_since=at)
+
+    def note_death(self, dev_id: int, at: float) -> None:
+        """Something told that the server died; only the first word counts."""
+        past = self._histories.get(dev_id)
+        if past and past.death_seen is None:
+            self._histories[dev_id] = replace(past, death_seen=at)
+
+    def note_failure(self, dev_id: int, at: float) -> None:
+        """A deletion failed: the next attempt waits, longer each time."""
+        if past := self._histories.get(dev_id):
+            pause = min(_FIRST_RETRY * 2**past.failures, _LONGEST_RETRY)
+            self._histories[dev_id] = replace(past, failures=past.failures + 1, retry_at=at + pause)
+
+    def note_overdue(self, dev_id: int, command: str, at: float) -> None:
+        """A command on this device did not answer in time."""
+        if past := self._histories.get(dev_id):
+            self._histories[dev_id] = replace(past, overdue=past.overdue or Overdue(command, at))
+
+    def note_answer(self, dev_id: int) -> None:
+        """The overdue command answered after all."""
+        if past := self._histories.get(dev_id):
+            self._histories[dev_id] = replace(past, overdue=None)
+
+    def forget(self, dev_id: int) -> History | None:
+        """The id is free. Returns what was known of its last device."""
+        return self._histories.pop(dev_id, None)
+
+    def forget_all_but(self, present: Iterable[int]) -> list[History]:
+        """Drop every id that is not present; returns what was known of them."""
+        gone = self._histories.keys() - set(present)
+        return [self._histories.pop(dev_id) for dev_id in sorted(gone)]
+
+
+def _same_instance(before: Identity, now: Identity) -> bool:
+    """A deleted device has lost its sysfs entry, and its id cannot be reused before it is free: still the same."""
+    if now.sysfs_inode is None:
+        return True
+    return before.sysfs_inode == now.sysfs_inode
+
+
+def _is_idle(seen: Observation) -> bool:
+    return (
+        seen.info is not None
+        and seen.info.state == KernelState.DEAD
+        and seen.disk is None
+        and not (seen.usage and seen.usage.char_openers)
+    )
+
+
+def _is_live(seen: Observation) -> bool:
+    return seen.info is not None and seen.info.state == KernelState.LIVE and seen.disk is not None
+
+
+def _phase(seen: Observation) -> tuple[object, ...]:
+    served = bool((seen.server and seen.server.alive) or (seen.usage and seen.usage.char_openers))
+    state = seen.info.state if seen.info else None
+    return state, seen.disk is not None, seen.identity.sysfs_inode is not None, served
+
+
+def _rdevs(seen: Observation) -> frozenset[tuple[int, int]]:
+    return frozenset((seen.disk.rdev, *seen.disk.partitions)) if seen.disk else frozenset()
+
+
+def _known_server(seen: Observation) -> Server | None:
+    if seen.server and seen.server.alive:
+        return seen.server
+    if seen.usage and seen.usage.char_openers:
+        return seen.usage.char_openers[0]
+    return None
+
+
+def _begin(seen: Observation) -> History:
+    idle = _is_idle(seen)
+    return History(
+        identity=seen.identity,
+        first_seen=seen.at,
+        last_seen=seen.at,
+        phase=_phase(seen),
+        phase_since=seen.at,
+        seen_live=_is_live(seen),
+        seen_idle_since=seen.at if idle else None,
+        idle_since=seen.at - (seen.age or 0.0) if idle else None,
+        server=_known_server(seen),
+        disk_rdevs=_rdevs(seen),
+    )
+
+
+def _continue(past: History, seen: Observation) -> History:
+    idle, phase = _is_idle(seen), _phase(seen)
+    served_now = _known_server(seen)
+    return replace(
+        past,
+        identity=seen.identity if seen.identity.sysfs_inode is not None else past.identity,
+        last_seen=seen.at,
+        phase=phase,
+        phase_since=past.phase_since if phase == past.phase else seen.at,
+        seen_live=past.seen_live or _is_live(seen),
+        seen_idle_since=(seen.at if past.seen_idle_since is None else past.seen_idle_since) if idle else None,
+        idle_since=(seen.at if past.idle_since is None else past.idle_since) if idle else None,
+        server=served_now or past.server,
+        disk_rdevs=_rdevs(seen) or past.disk_rdevs,
+        death_seen=None if served_now and _is_live(seen) else past.death_seen,
+    )

@@ -1,0 +1,240 @@
+"""The nouns: what was seen of a device, what it means, and what came of it.
+
+Rules: every record is frozen. `None` means "not known", which is never the same as "no": whoever decides has to ask
+whether a thing was seen, not only what was seen. Times are seconds of CLOCK_MONOTONIC; ids are the kernel's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, IntFlag
+
+
+class KernelState:
+    """`state` of GET_DEV_INFO (UBLK_S_DEV_*). There is none for "added, not started": that is DEAD too."""
+
+    DEAD = 0
+    LIVE = 1
+    QUIESCED = 2
+    FAIL_IO = 3  # since 6.13
+    NAMES = ("DEAD", "LIVE", "QUIESCED", "FAIL_IO")
+
+    @classmethod
+    def name(cls, state: int) -> str:
+        """The kernel's name of a state, or `STATE_n` for one that this program does not know."""
+        return cls.NAMES[state] if 0 <= state < len(cls.NAMES) else f"STATE_{state}"
+
+
+class Feature(IntFlag):
+    """UBLK_F_*: bits of a device's `flags` and of GET_FEATURES (include/uapi/linux/ublk_cmd.h, 7.3)."""
+
+    SUPPORT_ZERO_COPY = 1 << 0
+    URING_CMD_COMP_IN_TASK = 1 << 1
+    NEED_GET_DATA = 1 << 2
+    USER_RECOVERY = 1 << 3
+    USER_RECOVERY_REISSUE = 1 << 4
+    UNPRIVILEGED_DEV = 1 << 5
+    CMD_IOCTL_ENCODE = 1 << 6
+    USER_COPY = 1 << 7
+    ZONED = 1 << 8
+    USER_RECOVERY_FAIL_IO = 1 << 9
+    UPDATE_SIZE = 1 << 10
+    AUTO_BUF_REG = 1 << 11
+    QUIESCE = 1 << 12
+    PER_IO_DAEMON = 1 << 13
+    BUF_REG_OFF_DAEMON = 1 << 14
+    BATCH_IO = 1 << 15
+    INTEGRITY = 1 << 16
+    SAFE_STOP_DEV = 1 << 17
+    NO_AUTO_PART_SCAN = 1 << 18
+    SHMEM_ZC = 1 << 19
+    IO_DESC_SIZE = 1 << 20
+
+
+def feature_names(flags: int) -> tuple[str, ...]:
+    """The names of the set bits, lowest first; a bit without a name is `BIT_n`."""
+    known = {feature.value: feature.name for feature in Feature}
+    return tuple(known.get(1 << bit) or f"BIT_{bit}" for bit in range(flags.bit_length()) if flags >> bit & 1)
+
+
+@dataclass(frozen=True, slots=True)
+class DevInfo:
+    """struct ublksrv_ctrl_dev_info as GET_DEV_INFO returned it. `state` and `server_pid` may be mutually stale."""
+
+    dev_id: int
+    state: int
+    server_pid: int  # ublksrv_pid: a hint. -1: none, or (since 7.0) invisible from here or gone
+    flags: int
+    queues: int
+    queue_depth: int
+    max_io_bytes: int = 0
+    owner_uid: int = 0
+    owner_gid: int = 0
+
+    @property
+    def recoverable(self) -> bool:
+        """Its disk outlives its server."""
+        return bool(self.flags & Feature.USER_RECOVERY)
+
+    @property
+    def unprivileged(self) -> bool:
+        """Every command on it needs the node's path, and DEL_DEV_ASYNC is impossible."""
+        return bool(self.flags & Feature.UNPRIVILEGED_DEV)
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Which instance of an id this is. The lowest free id is reused by the next ADD_DEV, dev_t and name with it.
+
+    `sysfs_inode` is the kernfs inode of /sys/class/ublk-char/ublkcN (monotonic per boot); None once it is deleted.
+    """
+
+    sysfs_inode: int | None
+    char_rdev: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """/sys/block/ublkbN. `rdev` outlives the disk in whoever still holds it."""
+
+    rdev: tuple[int, int]
+    diskseq: int | None = None
+    partitions: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A process that is, or was, behind a device. `alive` None: it cannot be told from here."""
+
+    pid: int
+    alive: bool | None
+    comm: str = ""
+    exe: str = ""
+    unit: str = ""
+    start_time: int = 0  # field 22 of /proc/PID/stat; (pid, start_time) names one process
+
+    def __str__(self) -> str:
+        name = f" ({self.comm})" if self.comm else ""
+        return f"{self.pid}{name}"
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Somebody who keeps a disk's kernel object alive.
+
+    `kind`: mount | swap | open | dm | md | loop | holder. `what`: one line of printable text, such as
+    `/srv/data (ext4)`, `/dev/ublkb3 (deleted)`, `pid 812 (dd)`.
+    """
+
+    kind: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Who was found to use one device. Only as good as the look: `complete` False means that somebody may be missing."""
+
+    char_openers: tuple[Server, ...] = ()
+    holders: tuple[Holder, ...] = ()
+    complete: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """Everything seen of one id in one look."""
+
+    dev_id: int
+    at: float
+    info: DevInfo | None  # None: GET_DEV_INFO gave no answer that can be used; `trouble` says why
+    identity: Identity
+    char_device: str | None = None  # path of the node, if there
+    disk: Disk | None = None
+    server: Server | None = None  # the process that `info.server_pid` names
+    usage: Usage | None = None  # None: nobody looked
+    age: float | None = None  # lower bound of the seconds since ADD_DEV, None: cannot be told
+    trouble: str = ""
+
+    @property
+    def state_name(self) -> str:
+        """The kernel's word for the state, or UNKNOWN."""
+        return KernelState.name(self.info.state) if self.info else "UNKNOWN"
+
+
+class VerdictKind(Enum):
+    """What a device is; see README for each one's meaning."""
+
+    LIVE = "live"
+    STARTING = "starting"
+    CLOSING = "closing"
+    ORPHANED = "orphaned"
+    UNSERVED = "unserved"
+    RECOVERING = "recovering"
+    PINNED = "pinned"
+    WEDGED = "wedged"
+    UNKNOWN = "unknown"
+
+
+class Action(Enum):
+    """What is to be done about a verdict."""
+
+    NONE = "none"
+    DELETE = "delete"
+    ALERT = "alert"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A decision and the sentence that justifies it. `look_again_in`: seconds until time alone could change it."""
+
+    kind: VerdictKind
+    reason: str
+    action: Action = Action.NONE
+    look_again_in: float | None = None
+
+
+class Outcome(Enum):
+    """What a destructive action changed. Every member is a success; failure is an exception."""
+
+    DELETED = "deleted"
+    DELETED_STILL_HELD = "deleted_still_held"  # the id frees itself when the holder lets go
+    ALREADY_GONE = "already_gone"  # two cleaners stay friends: the goal was a missing device
+    SPARED = "spared"  # looked again just before acting, and it was not to be touched
+    WOULD_DELETE = "would_delete"  # dry run
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One device after a look: what was seen, what it means, since when (CLOCK_MONOTONIC)."""
+
+    seen: Observation
+    verdict: Verdict
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class Deed:
+    """One attempt to act. `took`: seconds of the attempt; `reaction`: from the death seen to the id free, if both were."""
+
+    dev_id: int
+    action: Action
+    outcome: Outcome | None  # None: it failed, `detail` says how
+    detail: str
+    took: float
+    reaction: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PassReport:
+    """One pass over some or all devices, as journal, metrics and alerts get it."""
+
+    at: float
+    took: float
+    full: bool
+    changed: tuple[Judged, ...] = ()
+    gone: tuple[Judged, ...] = ()
+    deeds: tuple[Deed, ...] = ()
+    devices: dict[int, Judged] = field(default_factory=dict)
+    trouble: str = ""  # why the control device could not be asked at all

@@ -1,0 +1,324 @@
+"""One io_uring ring, bound to the running event loop; the only file that imports liburing.
+
+How it works: commands that arrive in one turn of the loop are written to the submission queue and go to the kernel in one
+system call; completions ring an eventfd that the loop reads. No thread, no polling, no sleep.
+
+Rules:
+1. The kernel writes to a command's buffer whenever it likes until the completion. So a command is owned by the ring from
+   submission to completion, whatever its caller does meanwhile: give up, be cancelled, or close the ring.
+2. Every command has a deadline (or says that it has none, as a server's FETCH). After it comes ASYNC_CANCEL, after that
+   the caller gets CommandOverdueError; the late completion is collected and counted all the same.
+3. No more commands are in flight than the completion queue has room for; the rest wait their turn.
+
+liburing 2024.5.3 knows no 128-byte entries: a second mapping of them is written to instead. Its entries are handed out in
+order, so that the n-th one lies at (n & mask) * 128.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import mmap
+import os
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import liburing
+
+from duende_ublkd.core.errors import CommandOverdueError, KernelUnavailableError
+from duende_ublkd.kernel import abi
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+CANCEL_GRACE = 1.0  # seconds; an interruptible wait answers its cancellation in well under one millisecond
+CLOSE_GRACE = 1.0
+
+_errno = ctypes.CDLL(None).__errno_location
+_errno.restype = ctypes.POINTER(ctypes.c_int)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What the kernel answered. `result`: negative errno or the command's value; `cancelled`: we had asked for that."""
+
+    result: int
+    cancelled: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Flight:
+    """A command from its request to its completion. `keep` holds every buffer that the kernel may touch."""
+
+    name: str
+    dev_id: int | None
+    opcode: int
+    fd: int
+    cmd_op: int = 0
+    addr: int = 0
+    command: bytes = b""
+    keep: object = None
+    future: asyncio.Future[Completion] | None = None
+    waited: float = 0.0
+    user_data: int = 0  # 0: not handed to the kernel yet
+    timer: asyncio.TimerHandle | None = None
+    cancelled: bool = False
+    overdue: bool = False
+
+
+# Rule 1 outlives the ring: what a closed ring could not collect stays referenced for as long as the process lives.
+_abandoned: list[_Flight] = []
+
+
+@dataclass(slots=True)
+class RingStats:
+    """Counters since the ring was made; `in_flight` and `overdue` are as of now."""
+
+    submitted: int = 0
+    system_calls: int = 0
+    late: int = 0
+    overflows: int = 0
+    in_flight: int = 0
+    overdue: int = 0
+
+
+class Ring:
+    """A ring with 128-byte entries. Make it inside the running loop; close it with `await close()`."""
+
+    def __init__(self, entries: int = 64, *, on_late: Callable[[str, int | None, int], None] | None = None) -> None:
+        """`entries`: a power of two. `on_late(name, dev_id, result)`: a command that was given up has completed."""
+        self._loop = asyncio.get_running_loop()
+        self._ring = _set_up(entries)
+        self._entries = mmap.mmap(
+            self._ring.ring_fd,
+            entries * abi.SQE_SIZE,
+            mmap.MAP_SHARED,
+            mmap.PROT_READ | mmap.PROT_WRITE,
+            offset=abi.IORING_OFF_SQES,
+        )
+        self._mask = entries - 1
+        self._capacity = 2 * entries  # the kernel makes the completion queue twice as long as the submission queue
+        self._tail = 0
+        self._unsubmitted = 0
+        self._cqe = liburing.io_uring_cqe()
+        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        _checked(liburing.io_uring_register_eventfd, self._ring, self._event)
+        self._loop.add_reader(self._event, self._on_event)
+        self._waiting: deque[_Flight] = deque()
+        self._in_flight: dict[int, _Flight] = {}
+        self._next_user_data = 1
+        self._flush: asyncio.Handle | None = None
+        self._idle: asyncio.Future[None] | None = None
+        self._closed = False
+        self._on_late = on_late
+        self._stats = RingStats()
+
+    @property
+    def stats(self) -> RingStats:
+        """The counters, up to date."""
+        self._stats.in_flight = len(self._in_flight)
+        return self._stats
+
+    async def command(
+        self,
+        name: str,
+        fd: int,
+        cmd_op: int,
+        command: bytes,
+        *,
+        deadline: float | None,
+        keep: object = None,
+        dev_id: int | None = None,
+    ) -> Completion:
+        """Send one IORING_OP_URING_CMD to `fd` and wait for its completion.
+
+        `command`: up to 80 bytes. `deadline`: seconds; None for a command that may take for ever. `keep`: the buffers
+        that the command points to. Raises CommandOverdueError when neither the command nor its cancellation answered,
+        RuntimeError on a closed ring.
+        """
+        if self._closed:
+            raise RuntimeError(f"{name}: the ring is closed")
+        future: asyncio.Future[Completion] = self._loop.create_future()
+        flight = _Flight(name, dev_id, abi.IORING_OP_URING_CMD, fd, cmd_op, 0, command, keep, future)
+        if deadline is not None:
+            flight.waited = deadline
+            flight.timer = self._loop.call_later(deadline, self._expire, flight)
+        self._waiting.append(flight)
+        self._plan_flush()
+        return await future
+
+    async def close(self) -> None:
+        """Cancel what is in flight, wait a moment for it, and give the ring back. Callers still waiting get an error."""
+        if self._closed:
+            return
+        self._closed = True
+        for flight in self._waiting:
+            _give_up(flight, asyncio.CancelledError())
+        self._waiting.clear()
+        for flight in list(self._in_flight.values()):
+            self._cancel(flight)
+        if self._in_flight:
+            self._idle = self._loop.create_future()
+            await asyncio.wait([self._idle], timeout=CLOSE_GRACE)
+        if self._flush:
+            self._flush.cancel()
+        self._loop.remove_reader(self._event)
+        for flight in self._in_flight.values():
+            _give_up(flight, CommandOverdueError(flight.name, flight.dev_id, flight.waited))
+        _abandoned.extend(self._in_flight.values())
+        self._in_flight.clear()
+        self._entries.close()
+        liburing.io_uring_queue_exit(self._ring)
+        os.close(self._event)
+
+    def _plan_flush(self) -> None:
+        if self._flush is None:
+            self._flush = self._loop.call_soon(self._send_waiting)
+
+    def _send_waiting(self) -> None:
+        self._flush = None
+        while self._write_waiting():
+            if not self._submit():
+                # The kernel is short of memory or wants completions taken first: a completion or this timer goes on.
+                self._flush = self._loop.call_later(0.01, self._send_waiting)
+                return
+
+    def _write_waiting(self) -> bool:
+        """Fill the submission queue; False when there is nothing to submit."""
+        while self._waiting:
+            flight = self._waiting[0]
+            if flight.future and flight.future.done():
+                self._waiting.popleft()
+                _stop_timer(flight)
+                continue
+            if flight.future and len(self._in_flight) >= self._capacity:
+                break  # cancellations go first and are exempt: they are what makes room
+            if not liburing.io_uring_get_sqe(self._ring):
+                break
+            self._write(self._waiting.popleft())
+        return self._unsubmitted > 0
+
+    def _write(self, flight: _Flight) -> None:
+        flight.user_data = self._next_user_data
+        self._next_user_data += 1
+        place = (self._tail & self._mask) * abi.SQE_SIZE
+        self._tail += 1
+        self._unsubmitted += 1
+        self._entries[place : place + abi.SQE_SIZE] = abi.pack_sqe(
+            flight.opcode,
+            flight.fd,
+            flight.user_data,
+            cmd_op=flight.cmd_op,
+            addr=flight.addr,
+            command=flight.command,
+        )
+        self._in_flight[flight.user_data] = flight
+
+    def _submit(self) -> bool:
+        """One io_uring_enter; False when the kernel took nothing and wants to be asked again."""
+        self._stats.system_calls += 1
+        try:
+            sent = _checked(liburing.io_uring_submit, self._ring)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EBUSY, errno.EINTR):
+                raise
+            return False
+        self._stats.submitted += sent
+        self._unsubmitted -= sent
+        return sent > 0
+
+    def _on_event(self) -> None:
+        os.eventfd_read(self._event)
+        while True:
+            # One at a time: the binding has room for a single completion's address.
+            while liburing.io_uring_peek_batch_cqe(self._ring, self._cqe, 1):
+                user_data, result = self._cqe.user_data, self._cqe.res
+                liburing.io_uring_cq_advance(self._ring, 1)
+                self._complete(self._in_flight.pop(user_data), result)
+            if not liburing.io_uring_cq_has_overflow(self._ring):
+                break
+            self._stats.overflows += 1
+            _checked(liburing.io_uring_get_events, self._ring)
+        if self._waiting:
+            self._plan_flush()
+        if self._idle and not self._in_flight and not self._idle.done():
+            self._idle.set_result(None)
+
+    def _complete(self, flight: _Flight, result: int) -> None:
+        _stop_timer(flight)
+        flight.keep = None
+        if flight.future and not flight.future.done():
+            flight.future.set_result(Completion(result, flight.cancelled))
+        if flight.overdue:
+            self._stats.overdue -= 1
+            self._stats.late += 1
+            if self._on_late:
+                self._on_late(flight.name, flight.dev_id, result)
+
+    def _expire(self, flight: _Flight) -> None:
+        if not flight.user_data:
+            # Never handed over: nothing to own, nothing to cancel.
+            _give_up(flight, CommandOverdueError(flight.name, flight.dev_id, flight.waited))
+            return
+        self._cancel(flight)
+        flight.timer = self._loop.call_later(CANCEL_GRACE, self._declare_overdue, flight)
+
+    def _cancel(self, flight: _Flight) -> None:
+        flight.cancelled = True
+        self._waiting.appendleft(
+            _Flight("ASYNC_CANCEL", flight.dev_id, abi.IORING_OP_ASYNC_CANCEL, -1, addr=flight.user_data)
+        )
+        self._plan_flush()
+
+    def _declare_overdue(self, flight: _Flight) -> None:
+        flight.overdue = True
+        self._stats.overdue += 1
+        _give_up(flight, CommandOverdueError(flight.name, flight.dev_id, flight.waited + CANCEL_GRACE))
+
+
+def _stop_timer(flight: _Flight) -> None:
+    if flight.timer:
+        flight.timer.cancel()
+        flight.timer = None
+
+
+def _give_up(flight: _Flight, error: BaseException) -> None:
+    _stop_timer(flight)
+    if flight.future and not flight.future.done():
+        if isinstance(error, asyncio.CancelledError):
+            flight.future.cancel()
+        else:
+            flight.future.set_exception(error)
+
+
+def _checked(call: Callable[..., int], *arguments: object) -> int:
+    """Call into liburing with a clean C errno: the binding believes a stale one over the error it was given."""
+    _errno()[0] = 0
+    return call(*arguments)
+
+
+def _set_up(entries: int) -> liburing.io_uring:
+    ring = liburing.io_uring()
+    try:
+        _checked(liburing.io_uring_queue_init, entries, ring, abi.IORING_SETUP_SQE128)
+    except OSError as error:
+        message, hint = _why_no_ring(error.errno or 0)
+        raise KernelUnavailableError(message, hint=hint) from error
+    return ring
+
+
+def _why_no_ring(number: int) -> tuple[str, str]:
+    if number == errno.EPERM:
+        return (
+            "io_uring is disabled on this machine (kernel.io_uring_disabled)",
+            "sysctl kernel.io_uring_disabled=0  # or 1 with this group in kernel.io_uring_group",
+        )
+    if number == errno.ENOSYS:
+        return "this kernel has no io_uring", "use a kernel with CONFIG_IO_URING, 6.0 or newer"
+    if number == errno.EINVAL:
+        return "this kernel's io_uring has no 128-byte entries", "use kernel 6.0 or newer; see: uname -r"
+    if number == errno.ENOMEM:
+        return "no memory may be locked for an io_uring ring", "raise the limit: ulimit -l unlimited"
+    return f"io_uring cannot be set up: {os.strerror(number)}", "look at: dmesg | tail"

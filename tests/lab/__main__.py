@@ -1,0 +1,127 @@
+"""`python -m tests.lab`: a guest with a real ublk driver, for tests and for people."""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from tests.lab import kernels, qemu
+from tests.lab.errors import LabError
+from tests.lab.image import REPOSITORY
+
+RESULTS = REPOSITORY / ".lab"
+# A hung test says where it hangs, in good time before the guest's own limit.
+HUNG_TEST_S = 180
+
+
+def main() -> int:
+    options = _parser().parse_args()
+    try:
+        status: int = options.do(options)
+    except LabError as error:
+        print(f"lab: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nlab: interrupted, the guest is gone", file=sys.stderr)
+        return 130
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m tests.lab", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    fetch = commands.add_parser("fetch", help="fetch what is not in the cache: kernels and their headers")
+    fetch.add_argument("--refresh", action="store_true", help="look for newer ones")
+    fetch.set_defaults(do=_fetch)
+
+    shell = commands.add_parser("shell", help="a root shell in a guest; `exit` or Ctrl-A x ends it")
+    shell.set_defaults(do=_shell)
+
+    run = commands.add_parser("run", help="one command in a guest")
+    run.add_argument("command", nargs="+", metavar="CMD", help="put -- before it")
+    run.set_defaults(do=_run)
+
+    pytest = commands.add_parser("pytest", help="tests/guest, or what the arguments say, in a guest")
+    pytest.set_defaults(do=_pytest)
+    pytest.add_argument("arguments", nargs=argparse.REMAINDER, metavar="PYTEST-ARGUMENTS")
+
+    demo = commands.add_parser("demo", help="the demonstration")
+    demo.set_defaults(do=_demo)
+
+    for command in (shell, run, pytest, demo):
+        command.add_argument("--kernel", default=kernels.names()[0], metavar="|".join(kernels.names()))
+        command.add_argument("--timeout", type=float, default=1200.0, metavar="SECONDS", help="for the whole run")
+    return parser
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    for name in kernels.names():
+        kernel = kernels.fetch(name, refresh=options.refresh)
+        print(f"kernel {name}: {kernel.version}")
+    if kernels.names() != ("host",):
+        kernels.uapi_headers(refresh=options.refresh)
+    return 0
+
+
+def _shell(options: argparse.Namespace) -> int:
+    if not sys.stdin.isatty():
+        raise LabError("a shell needs a terminal", "for one command: python -m tests.lab run -- CMD...")
+    size = os.get_terminal_size()
+    environment = {"TERM": os.environ.get("TERM", "linux"), "LINES": str(size.lines), "COLUMNS": str(size.columns)}
+    command = ["sh", "-c", f"stty rows {size.lines} cols {size.columns}; exec sh -l"]
+    return qemu.run_interactive(kernels.fetch(options.kernel), command, environment)
+
+
+def _run(options: argparse.Namespace) -> int:
+    return _in_guest(options, options.command, f"run-{options.kernel}")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    return _in_guest(options, ["python3", "-m", "tests.lab.demo"], "demo")
+
+
+def _pytest(options: argparse.Namespace) -> int:
+    arguments = options.arguments
+    if not any(argument.startswith("tests/") for argument in arguments):
+        arguments = ["tests/guest", *arguments]
+    own = ["-p", "no:cacheprovider", f"-ofaulthandler_timeout={HUNG_TEST_S}", "--junit-xml=/results/junit.xml"]
+    command = ["python3", "-m", "pytest", *own, *arguments]
+    return _in_guest(options, command, options.kernel)
+
+
+def _in_guest(options: argparse.Namespace, command: list[str], name: str) -> int:
+    kernel = kernels.fetch(options.kernel)
+    results = RESULTS / name
+    shutil.rmtree(results, ignore_errors=True)
+    results.mkdir(parents=True)
+    print(f"lab: booting {kernel.version} ({qemu.accelerator(kernel)})", flush=True)
+    with (results / "console.log").open("w") as log:
+
+        def on_output(text: str) -> None:
+            log.write(text)
+            log.flush()
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+        result = qemu.run(kernel, command, timeout_s=options.timeout, on_output=on_output)
+    _keep_files(result, results)
+    for fault in result.kernel_faults:
+        print(f"lab: KERNEL FAULT: {fault}")
+    kept = results.relative_to(REPOSITORY)
+    print(f"lab: exit status {result.exit_status} after {result.seconds:.0f} s, log and results in {kept}/")
+    return result.exit_status or (qemu.NO_RESULT if result.kernel_faults else 0)
+
+
+def _keep_files(result: qemu.GuestResult, results: Path) -> None:
+    for name, content in result.files.items():
+        target = results / name
+        if not target.resolve().is_relative_to(results.resolve()):
+            raise LabError(f"the guest left a file called {name}", "it leads out of the results directory")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,284 @@
+"""Kernels that have ublk_drv, for the guest: fetched from Debian, or the host's own.
+
+The machine's own apt is asked for the mirror and never touched: a private sources list and a private state directory
+reach the other suites. Nothing here needs root. What was fetched stays in the cache until `refresh`.
+
+Debian's image packages carry no modules.dep (their postinst runs depmod), so dependencies are read from the modules.
+"""
+
+import gzip
+import json
+import lzma
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.lab.cache import cache_dir, locked, replacing
+from tests.lab.errors import LabError, need_tool
+
+SUITES = {"6.12": "trixie", "newest": "trixie-backports"}
+REQUIRED_MODULES = ("ublk_drv",)
+# In loading order; dependencies come in by themselves. ext4 asks for crc32c by its crypto name, which no module carries.
+WANTED_MODULES = ("crc32c_generic", "ext4", "loop", "dm_mod", "md_mod", "raid1")
+KEYRINGS = tuple(Path("/usr/share/keyrings", f"debian-archive-keyring.{suffix}") for suffix in ("gpg", "pgp"))
+OWN_KERNEL_HINT = (
+    "or use a kernel of your own that has ublk_drv: DUENDE_LAB_KERNEL=/boot/vmlinuz-VERSION "
+    "DUENDE_LAB_MODULES=/lib/modules/VERSION"
+)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A bootable kernel, and a directory of plain .ko files with a modules.dep and a loading order."""
+
+    name: str
+    version: str
+    vmlinuz: Path
+    modules_dir: Path
+
+
+def names() -> tuple[str, ...]:
+    return ("host",) if os.environ.get("DUENDE_LAB_KERNEL") else tuple(SUITES)
+
+
+def fetch(name: str, *, refresh: bool = False) -> Kernel:
+    with locked("kernels"):
+        if name == "host":
+            return _host_kernel()
+        if name not in SUITES:
+            raise LabError(f"no kernel is called {name!r}", f"known: {', '.join(names())}")
+        home = cache_dir() / "kernels" / name
+        if refresh or not (home / "debs").is_dir():
+            _download(name, home / "debs")
+        return _unpacked(name, home)
+
+
+def uapi_headers(*, refresh: bool = False) -> Path:
+    """The include directory of the newest kernel's linux-libc-dev: the oracle for our own ABI definitions."""
+    with locked("kernels"):
+        include = cache_dir() / "kernels" / "uapi" / "include"
+        if refresh or not include.is_dir():
+            with replacing(include) as workshop:
+                apt = _PrivateApt(SUITES["newest"], workshop / "apt")
+                apt.download(["linux-libc-dev"], workshop, "headers")
+                for deb in workshop.glob("*.deb"):
+                    _unpack_deb(deb, workshop / "root")
+                    deb.unlink()
+                headers = workshop / "root/usr/include"
+                for part in ("linux", "asm-generic"):
+                    (headers / part).rename(workshop / part)
+                shutil.copytree(next(headers.glob("x86_64-linux-gnu/asm")), workshop / "asm")
+                shutil.rmtree(workshop / "root")
+                shutil.rmtree(workshop / "apt")
+        return include
+
+
+def _download(name: str, debs: Path) -> None:
+    with replacing(debs) as workshop:
+        apt = _PrivateApt(SUITES[name], workshop / "apt")
+        apt.download(apt.image_packages(), workshop, f"kernel {name}")
+        shutil.rmtree(workshop / "apt")
+
+
+def _unpacked(name: str, home: Path) -> Kernel:
+    image = home / "image"
+    record = image / "kernel.json"
+    modules = [*REQUIRED_MODULES, *WANTED_MODULES]
+    wanted = {"modules": modules, "debs": sorted(deb.name for deb in (home / "debs").glob("*.deb"))}
+    if not record.is_file() or json.loads(record.read_text()) != wanted:
+        with replacing(image) as workshop:
+            root = workshop / "root"
+            for deb in sorted((home / "debs").glob("*.deb")):
+                _unpack_deb(deb, root)
+            vmlinuz = next(path for path in root.rglob("vmlinuz*") if path.is_file())
+            shutil.copyfile(vmlinuz, workshop / "vmlinuz")
+            _collect_modules(next(root.glob("usr/lib/modules/*")), workshop / "modules")
+            shutil.rmtree(root)
+            (workshop / "kernel.json").write_text(json.dumps(wanted))
+    return Kernel(name, release_of(image / "vmlinuz"), image / "vmlinuz", image / "modules")
+
+
+def _host_kernel() -> Kernel:
+    vmlinuz = Path(os.environ["DUENDE_LAB_KERNEL"])
+    version = release_of(vmlinuz)
+    source = Path(os.environ.get("DUENDE_LAB_MODULES") or f"/lib/modules/{version}")
+    collected = cache_dir() / "kernels" / f"host-{version}"
+    with replacing(collected) as workshop:
+        _collect_modules(source, workshop)
+    return Kernel("host", version, vmlinuz, collected)
+
+
+def release_of(vmlinuz: Path) -> str:
+    """What `uname -r` will say: the boot protocol keeps the offset of the string at 0x20e, less the boot sector."""
+    try:
+        with vmlinuz.open("rb") as image:
+            head = image.read(0x10000)
+    except OSError as error:
+        raise LabError(f"cannot read the kernel {vmlinuz}: {error.strerror}", "check DUENDE_LAB_KERNEL") from error
+    if head[0x202:0x206] != b"HdrS":
+        raise LabError(f"{vmlinuz} is not an x86 kernel image", "give the vmlinuz, not an uncompressed vmlinux")
+    (offset,) = struct.unpack_from("<H", head, 0x20E)
+    return head[offset + 0x200 :].split(b"\0", 1)[0].split(b" ", 1)[0].decode()
+
+
+class _PrivateApt:
+    """apt on one suite of the machine's own mirror, with state of its own."""
+
+    def __init__(self, suite: str, state: Path) -> None:
+        for tool in ("apt-get", "apt-cache", "dpkg-deb"):
+            try:
+                need_tool(tool)
+            except LabError as error:
+                raise LabError("this host has no apt to fetch kernels with", OWN_KERNEL_HINT) from error
+        self._suite = suite
+        (state / "lists/partial").mkdir(parents=True)
+        (state / "cache/archives/partial").mkdir(parents=True)
+        sources = state / "sources.list"
+        sources.write_text(f"deb [arch=amd64 signed-by={_keyring()}] {_mirror()} {suite} main\n")
+        self._options = [
+            f"-oDir::Etc::SourceList={sources}",
+            "-oDir::Etc::SourceParts=/dev/null",
+            f"-oDir::State::Lists={state}/lists",
+            f"-oDir::Cache={state}/cache",
+            # apt as root drops to a user who cannot see into root's cache directory.
+            "-oAPT::Sandbox::User=root",
+            "-oAcquire::Languages=none",
+        ]
+        self._run("apt-get", "update", f"the package list of {suite}")
+
+    def image_packages(self) -> list[str]:
+        """From the metapackage to what has files: one image, or since 7.x a binary and its modules."""
+        found: set[str] = set()
+        open_ends = {"linux-image-amd64"}
+        while open_ends:
+            found |= open_ends
+            text = self._run("apt-cache", "depends", "", "--important", *sorted(open_ends))
+            depends = re.findall(r"Depends: (linux-(?:image|binary|modules)-\S+)", text)
+            open_ends = set(depends) - found
+        real = [package for package in sorted(found) if re.search(r"-\d", package)]
+        if any(package.startswith("linux-binary-") for package in real):
+            real = [package for package in real if not package.startswith("linux-image-")]
+        if not real:
+            raise LabError(f"{self._suite} has no linux-image-amd64 on this machine's mirror", OWN_KERNEL_HINT)
+        return real
+
+    def download(self, packages: list[str], into: Path, title: str) -> None:
+        sizes = re.findall(r"^'.*' \S+ (\d+)", self._run("apt-get", "download", "", "--print-uris", *packages), re.M)
+        megabytes = sum(map(int, sizes)) / 1e6
+        self._run("apt-get", "download", f"{title} ({megabytes:.0f} MB)", *packages, cwd=into)
+
+    def _run(self, tool: str, verb: str, title: str, *arguments: str, cwd: Path | None = None) -> str:
+        """With a title apt may show its progress to a person; without one its output is wanted."""
+        command = [tool, verb, *self._options, *arguments]
+        show = bool(title) and sys.stderr.isatty()
+        if title:
+            print(f"fetching {title}", file=sys.stderr, flush=True)
+        done = subprocess.run(
+            command if show or not title else [*command, "-qq"],
+            cwd=cwd,
+            check=False,
+            text=True,
+            stdout=sys.stderr if show else subprocess.PIPE,
+            stderr=None if show else subprocess.PIPE,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+        if done.returncode != 0:
+            said = f":\n{done.stderr.strip()}" if done.stderr else ""
+            hint = f"check this machine's network, proxy and apt configuration; {OWN_KERNEL_HINT}"
+            raise LabError(f"{tool} {verb} failed on {self._suite}{said}", hint)
+        return done.stdout or ""
+
+
+def _keyring() -> Path:
+    for keyring in KEYRINGS:
+        if keyring.is_file():
+            return keyring
+    raise LabError(
+        "Debian's archive keyring is missing", f"sudo apt-get install debian-archive-keyring; {OWN_KERNEL_HINT}"
+    )
+
+
+def _mirror() -> str:
+    release = dict(
+        line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if re.match(r"\w+=", line)
+    )
+    if release.get("ID", "").strip('"') != "debian":
+        raise LabError("only Debian's own mirrors have the lab's kernels, and this is not Debian", OWN_KERNEL_HINT)
+    codename = release.get("VERSION_CODENAME", "").strip('"')
+    listed = subprocess.run(
+        ["apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME) $(RELEASE)"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    for line in listed.splitlines():
+        uri, *suites = line.split()
+        if codename in suites and not uri.startswith("cdrom:"):
+            return uri
+    raise LabError(
+        f"apt on this machine names no mirror of {codename}", "check /etc/apt/sources.list*, then: sudo apt-get update"
+    )
+
+
+def _unpack_deb(deb: Path, root: Path) -> None:
+    subprocess.run(["dpkg-deb", "-x", deb, root], check=True)
+
+
+def _collect_modules(tree: Path, into: Path) -> None:
+    """Copy the wanted modules and all that they need, as plain .ko, and write down the order of loading."""
+    available = {_module_name(path): path for path in sorted(tree.rglob("*.ko*"))}
+    built_in_list = tree / "modules.builtin"
+    built_in = built_in_list.read_text().split() if built_in_list.is_file() else []
+    for module in REQUIRED_MODULES:
+        if module not in available and not any(module in line.replace("-", "_") for line in built_in):
+            raise LabError(f"the kernel modules in {tree} have no {module}", "on Ubuntu: linux-modules-extra-VERSION")
+    into.mkdir(exist_ok=True)
+    needs: dict[str, list[str]] = {}
+    for module in (*REQUIRED_MODULES, *WANTED_MODULES):
+        _add_module(module, available, needs, into)
+    lines = (f"{name}.ko: {' '.join(f'{need}.ko' for need in _all_needs(name, needs))}\n" for name in needs)
+    (into / "modules.dep").write_text("".join(lines))
+    (into / "load-order").write_text("".join(f"{name}\n" for name in needs))
+
+
+def _add_module(name: str, available: dict[str, Path], needs: dict[str, list[str]], into: Path) -> None:
+    if name in needs or name not in available:
+        return
+    content = _decompressed(available[name])
+    listed = re.search(rb"\0depends=([\w,-]*)\0", content)
+    depends = [need.replace("-", "_") for need in listed[1].decode().split(",") if need] if listed else []
+    for need in depends:
+        _add_module(need, available, needs, into)
+    (into / f"{name}.ko").write_bytes(content)
+    needs[name] = [need for need in depends if need in needs]
+
+
+def _all_needs(name: str, needs: dict[str, list[str]]) -> Iterable[str]:
+    """As modules.dep wants it: what must be loaded first comes last."""
+    found: dict[str, None] = {}
+    for need in needs[name]:
+        found[need] = None
+        found.update(dict.fromkeys(_all_needs(need, needs)))
+    return found
+
+
+def _module_name(path: Path) -> str:
+    return path.name.split(".ko", 1)[0].replace("-", "_")
+
+
+def _decompressed(path: Path) -> bytes:
+    match path.suffix:
+        case ".xz":
+            return lzma.decompress(path.read_bytes())
+        case ".gz":
+            return gzip.decompress(path.read_bytes())
+        case ".zst":
+            return subprocess.run([need_tool("zstd"), "-dc", path], check=True, capture_output=True).stdout
+        case _:
+            return path.read_bytes()
