@@ -22,11 +22,12 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from duende_ublkd.core.errors import ConfigError, UsageError
+from duende_ublkd.core.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
 
-MAX_BYTES = 256 * 1024  # no configuration is longer; a device node or a log given by mistake is
+MAX_BYTES = 64 * 1024  # a log given by mistake is longer; and tomllib is quadratic in the parts of a dotted key
 MAX_DEV_ID = (1 << 20) - 1  # MINORBITS: the kernel has no more minors for ublkc
 COMM_BYTES = 15  # TASK_COMM_LEN - 1: the kernel cuts a longer name of a process here
 
@@ -69,7 +70,7 @@ class InvalidConfigError(ConfigError):
 
 def unreadable(path: str, error: OSError) -> ConfigError:
     """Say why a configuration file could not be read, for whoever tried to."""
-    file = _printable(path)
+    file = printable(path)
     what, hint = f"cannot be read: {error.strerror or error}", f"see what is wrong with it: ls -l {file}"
     if isinstance(error, FileNotFoundError):
         hint = "copy the annotated share/duende-ublkd/duende-ublkd.toml of this package there, or name a file: --config"
@@ -90,19 +91,13 @@ DAY = 86_400.0
 YEAR = 365 * DAY
 
 
-def _printable(text: str) -> str:
-    """Fit for a terminal and a log: no control characters, no overlong text."""
-    text = text if text.isprintable() else repr(text)[1:-1]
-    return text if len(text) <= 200 else text[:197] + "..."  # noqa: PLR2004 - about two lines
-
-
 def _shown(value: object) -> str:
     """Name a value in a message. Never its repr: that of a hostile number or table can itself fail."""
     match value:
         case bool():
             return "true" if value else "false"
         case str():
-            return f'"{_printable(value)}"'
+            return f'"{printable(value)}"'
         case int() if abs(value) < 1 << 63:
             return str(value)
         case float():
@@ -342,8 +337,8 @@ class HttpConfig:
 class DeviceFacts:
     """What is known of a device and of the server behind it, now or remembered from when it lived. None: not known.
 
-    `server_known` False: nobody ever saw its server, so `comm`, `exe` and `unit` say nothing. `unit` "": the server is
-    known to run outside every unit. `comm` and `exe` are never "" in a living process, so "" is not known either.
+    `server_known` False: nobody ever saw its server, so `comm`, `exe` and `unit` say nothing. "" is not known either:
+    no process has an empty name, and one without a unit (in a container, or gone while it was read) may have had one.
     """
 
     dev_id: int
@@ -371,8 +366,7 @@ class Match:
         if self.server is not None:
             said["server"] = _is_server(self.server, facts)
         if self.unit is not None:
-            known = facts.server_known and facts.unit is not None
-            said["unit"] = fnmatchcase(facts.unit or "", self.unit) if known else None
+            said["unit"] = fnmatchcase(facts.unit, self.unit) if facts.server_known and facts.unit else None
         if self.owner_uid is not None:
             said["owner_uid"] = None if facts.owner_uid is None else facts.owner_uid == self.owner_uid
         return said
@@ -445,7 +439,8 @@ def _choose(sure: ChosenPolicy, doubtful: Sequence[DeviceRule], unknown: Sequenc
         return sure
     policy = _careful([*(rule.policy for rule in doubtful), sure.policy])
     maybe = " or ".join(rule.source for rule in doubtful)
-    reason = f"cannot tell whether {maybe} applies ({', '.join(unknown)} not known for certain): each setting is the more careful one"
+    missing = ", ".join(unknown)
+    reason = f"cannot tell whether {maybe} applies (not known: {missing}), so each setting is the more careful one"
     return ChosenPolicy(policy, f"{maybe} or {sure.source}", reason)
 
 
@@ -474,15 +469,17 @@ _NOT_YET = {
 
 def load(text: bytes, name: str) -> Config:
     """Read a configuration. `name` is the file's, for messages and sources."""
-    file = _printable(name)
+    file = printable(name)
     source = _decoded(text, file)
     try:
         data = tomllib.loads(source)
     except tomllib.TOMLDecodeError as error:
         raise _syntax_error(source, file, str(error)) from None
-    except (ValueError, RecursionError) as error:  # a number or a nesting that Python itself gives up on
-        what = f"not a configuration: {_printable(str(error))}"
-        raise InvalidConfigError(Problem(file, 0, "", what, "remove the overlong number or the deep nesting")) from None
+    except (ValueError, RecursionError) as error:  # what Python gives up on before tomllib does
+        what, hint = "holds a number of thousands of digits", "remove it"
+        if isinstance(error, RecursionError):
+            what, hint = "is nested too deeply", "remove some of the brackets"
+        raise InvalidConfigError(Problem(file, 0, "", what, hint)) from None
     reader = _Reader(source, file)
     config = reader.document(data)
     if reader.problems:
@@ -511,8 +508,8 @@ def _syntax_error(source: str, file: str, message: str) -> InvalidConfigError:
     what = message[: at.start()] if at else message
     what += f" (column {at[2]})" if at and at[2] else " (end of file)"
     reads = lines[line - 1].strip() if line <= len(lines) else ""
-    hint = f'the line is: {_printable(reads)} -- texts and durations stand in quotes: orphan_grace = "500ms"'
-    return InvalidConfigError(Problem(file, line, "", _printable(what), hint))
+    hint = f'the line is: {printable(reads)} -- texts and durations stand in quotes: orphan_grace = "500ms"'
+    return InvalidConfigError(Problem(file, line, "", printable(what), hint))
 
 
 class _Reader:
@@ -533,7 +530,8 @@ class _Reader:
             DeviceRule(keys.pop("match", Match()), replace(policy, **keys), self._source(("device", index)))
             for index, keys in enumerate(found.pop("device", ()))
         ]
-        self._refuse_unreachable(rules)
+        if not self.problems:  # a match that could not be read would look like one that matches everything
+            self._refuse_unreachable(rules)
         if "policy" in data:
             found["policy_source"] = self._source(("policy",))
         return Config(**found, devices=tuple(rules))
@@ -638,7 +636,7 @@ class _Walk:
     def __init__(self, source: str) -> None:
         self.lines: dict[_Path, int] = {}
         self._last: dict[_Path, int] = {}  # index of the newest table of each [[array]]
-        self._left = deque(_signs(source))
+        self._left = deque(_tokens(source))
         table: _Path = ()
         while self._left:
             if self._next() == "[":

@@ -47,7 +47,8 @@ class History:
     death_seen: float | None = None
     overdue: Overdue | None = None
     failures: int = 0
-    retry_at: float = 0.0
+    paused_until: float = 0.0
+    pause_reason: str = ""
     verdict: Verdict | None = None
     verdict_since: float = 0.0
 
@@ -102,11 +103,18 @@ class Ledger:
         if past and past.death_seen is None:
             self._histories[dev_id] = replace(past, death_seen=at)
 
-    def note_failure(self, dev_id: int, at: float) -> None:
+    def note_failure(self, dev_id: int, why: str, at: float) -> None:
         """A deletion failed: the next attempt waits, longer each time."""
         if past := self._histories.get(dev_id):
-            pause = min(_FIRST_RETRY * 2**past.failures, _LONGEST_RETRY)
-            self._histories[dev_id] = replace(past, failures=past.failures + 1, retry_at=at + pause)
+            self._histories[dev_id] = replace(past, failures=past.failures + 1)
+            self.note_pause(
+                dev_id, f"deleting it failed: {why}", at + min(_FIRST_RETRY * 2**past.failures, _LONGEST_RETRY)
+            )
+
+    def note_pause(self, dev_id: int, why: str, until: float) -> None:
+        """Nothing is done about this device for a while."""
+        if past := self._histories.get(dev_id):
+            self._histories[dev_id] = replace(past, paused_until=until, pause_reason=why)
 
     def note_overdue(self, dev_id: int, command: str, at: float) -> None:
         """A command on this device did not answer in time."""
@@ -185,6 +193,11 @@ def _begin(seen: Observation) -> History:
 def _continue(past: History, seen: Observation) -> History:
     idle, phase = _is_idle(seen), _phase(seen)
     served_now = _known_server(seen)
+    death_seen = past.death_seen
+    if _is_live(seen) and served_now:
+        death_seen = None
+    elif death_seen is None and past.seen_live and phase != past.phase:
+        death_seen = seen.at
     return replace(
         past,
         identity=seen.identity if seen.identity.sysfs_inode is not None else past.identity,
@@ -196,5 +209,5 @@ def _continue(past: History, seen: Observation) -> History:
         idle_since=(seen.at if past.idle_since is None else past.idle_since) if idle else None,
         server=served_now or past.server,
         disk_rdevs=_rdevs(seen) or past.disk_rdevs,
-        death_seen=None if served_now and _is_live(seen) else past.death_seen,
+        death_seen=death_seen,
     )

@@ -87,7 +87,9 @@ def _live_without_disk(past: History, now: float) -> Verdict:
     lasted = now - past.phase_since
     if past.seen_live:
         if lasted < SETTLING:
-            return Verdict(VerdictKind.CLOSING, "LIVE, its disk already gone: being stopped", look_again_in=_soon(lasted))
+            return Verdict(
+                VerdictKind.CLOSING, "LIVE, its disk already gone: being stopped", look_again_in=_soon(lasted)
+            )
         reason = f"LIVE without its disk for {_span(lasted)}: a STOP_DEV does not come to an end"
         return Verdict(VerdictKind.WEDGED, reason, Action.ALERT, look_again_in=5.0)
     if lasted < SETTLING:
@@ -106,7 +108,9 @@ def _without_server(seen: Observation, past: History, policy: Policy, now: float
     if seen.usage and seen.usage.char_openers:
         opener = seen.usage.char_openers[0]
         return Verdict(VerdictKind.RECOVERING, f"{name}; {opener} has taken its char device", look_again_in=2.0)
-    effect = "its I/O waits for a new server" if seen.info and seen.info.state == KernelState.QUIESCED else "its I/O fails"
+    effect = (
+        "its I/O waits for a new server" if seen.info and seen.info.state == KernelState.QUIESCED else "its I/O fails"
+    )
     held = f"; held by {_list(seen.usage.holders)}" if seen.usage and seen.usage.holders else ""
     left = policy.recovery_deadline - lasted
     if left > 0:
@@ -118,61 +122,86 @@ def _without_server(seen: Observation, past: History, policy: Policy, now: float
 
 def _dead(seen: Observation, info: DevInfo, past: History, policy: Policy, traits: Traits, now: float) -> Verdict:
     """Reasons to hold back, one after the other; what is left is an orphan."""
-    on_its_way = VerdictKind.CLOSING if past.seen_live else VerdictKind.STARTING
-    lasted = now - past.phase_since
     if seen.identity.sysfs_inode is None:
         return _deleted(seen, past, now)
-    if seen.disk is not None:
-        if lasted < SETTLING:
-            return Verdict(on_its_way, "DEAD, its disk still there: in transition", look_again_in=_soon(lasted))
-        return Verdict(VerdictKind.UNKNOWN, f"DEAD with a disk for {_span(lasted)}", Action.ALERT, look_again_in=5.0)
-    if seen.usage is None:
-        return Verdict(VerdictKind.UNKNOWN, "DEAD; nobody looked who has it open", Action.ALERT, look_again_in=1.0)
-    if seen.usage.char_openers:
-        opener = seen.usage.char_openers[0]
-        doing = "not yet closed by" if past.seen_live else "being set up by"
-        return Verdict(on_its_way, f"DEAD, {doing} {opener}, which has its char device open")
-    if seen.char_device is None:
-        reason = f"DEAD, and its node is missing: mknod /dev/ublkc{seen.dev_id} c {_numbers(seen.identity.char_rdev)}"
-        return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0)
-    if waiting := _grace(past, policy, now, on_its_way):
-        return waiting
-    if now < past.retry_at:
-        reason = f"{_corpse(past)}; the last attempt to delete it failed"
-        return Verdict(VerdictKind.ORPHANED, reason, Action.ALERT, look_again_in=past.retry_at - now)
     can_be_async = traits.async_delete and not info.unprivileged
-    if not (can_be_async or traits.delete_can_be_cancelled) and not seen.usage.complete:
-        reason = "DEAD; this kernel's DEL_DEV would block every other one if a holder had been overlooked"
-        return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0)
-    if seen.usage.holders:
-        reason = f"{_corpse(past)}; its id stays taken until {_list(seen.usage.holders)} lets go"
-        if not (can_be_async or traits.delete_can_be_cancelled):
-            return Verdict(VerdictKind.PINNED, f"{reason}; then it can be deleted", Action.ALERT, look_again_in=5.0)
-        action = Action.DELETE if policy.orphaned is OnOrphan.DELETE else Action.ALERT
-        return Verdict(VerdictKind.PINNED, reason, action)
-    reason = f"{_corpse(past)}, nobody has it open, nothing holds it"
-    return Verdict(VerdictKind.ORPHANED, reason, _ON_ORPHAN[policy.orphaned])
+    return (
+        _in_transition(seen, past, now)
+        or _in_use(seen, past)
+        or _grace(past, policy, now)
+        or _paused(past, now)
+        or _held(seen, past, policy, waits_for_ever=not (can_be_async or traits.delete_can_be_cancelled))
+        or Verdict(
+            VerdictKind.ORPHANED, f"{_corpse(past)}, nobody has it open, nothing holds it", _ON_ORPHAN[policy.orphaned]
+        )
+    )
 
 
 _ON_ORPHAN = {OnOrphan.DELETE: Action.DELETE, OnOrphan.ALERT: Action.ALERT, OnOrphan.IGNORE: Action.NONE}
 
 
-def _grace(past: History, policy: Policy, now: float, on_its_way: VerdictKind) -> Verdict | None:
+def _on_its_way(past: History) -> VerdictKind:
+    return VerdictKind.CLOSING if past.seen_live else VerdictKind.STARTING
+
+
+def _in_transition(seen: Observation, past: History, now: float) -> Verdict | None:
+    """START_DEV that failed sets DEAD before the disk is gone; some kernels take the disk away first, some the state."""
+    if seen.disk is None:
+        return None
+    lasted = now - past.phase_since
+    if lasted < SETTLING:
+        return Verdict(_on_its_way(past), "DEAD, its disk still there: in transition", look_again_in=_soon(lasted))
+    return Verdict(VerdictKind.UNKNOWN, f"DEAD with a disk for {_span(lasted)}", Action.ALERT, look_again_in=5.0)
+
+
+def _in_use(seen: Observation, past: History) -> Verdict | None:
+    if seen.usage is None:
+        return Verdict(VerdictKind.UNKNOWN, "DEAD; nobody looked who has it open", Action.ALERT, look_again_in=1.0)
+    if seen.usage.char_openers:
+        opener = seen.usage.char_openers[0]
+        doing = "not yet closed by" if past.seen_live else "being set up by"
+        return Verdict(_on_its_way(past), f"DEAD, {doing} {opener}, which has its char device open")
+    if seen.char_device is None:
+        reason = f"DEAD, and its node is missing: mknod /dev/ublkc{seen.dev_id} c {_numbers(seen.identity.char_rdev)}"
+        return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0)
+    return None
+
+
+def _grace(past: History, policy: Policy, now: float) -> Verdict | None:
     """None when the grace is over. A server may delete for itself, or not have opened its new device yet."""
     if past.seen_idle_since is None or past.idle_since is None:
-        return Verdict(on_its_way, "DEAD, its idle time only begins", look_again_in=policy.orphan_grace)
+        return Verdict(_on_its_way(past), "DEAD, its idle time only begins", look_again_in=policy.orphan_grace)
     settled_in = past.seen_idle_since + policy.orphan_grace - now
-    if past.seen_live:
-        if settled_in > 0:
-            reason = f"{_corpse(past)}; its server has {_span(policy.orphan_grace)} to delete it for itself"
-            return Verdict(on_its_way, reason, look_again_in=settled_in)
-        return None
-    set_up_in = max(past.idle_since + policy.setup_grace - now, settled_in)
-    if set_up_in <= 0:
-        return None
+    set_up_in = 0.0 if past.seen_live else past.idle_since + policy.setup_grace - now
     idle = _span(now - past.idle_since)
-    reason = f"added, never seen LIVE, not open for {idle}; its server has {_span(policy.setup_grace)} to open it"
-    return Verdict(on_its_way, reason, look_again_in=set_up_in)
+    if set_up_in > 0:
+        reason = f"added, never seen LIVE, not open for {idle}; its server has {_span(policy.setup_grace)} to open it"
+        return Verdict(_on_its_way(past), reason, look_again_in=max(set_up_in, settled_in))
+    if settled_in > 0:
+        reason = f"{_corpse(past)}, not open for {idle}; watched for {_span(policy.orphan_grace)} before it is believed"
+        return Verdict(_on_its_way(past), reason, look_again_in=settled_in)
+    return None
+
+
+def _paused(past: History, now: float) -> Verdict | None:
+    if now >= past.paused_until:
+        return None
+    reason = f"{_corpse(past)}; {past.pause_reason}"
+    return Verdict(VerdictKind.ORPHANED, reason, Action.ALERT, look_again_in=past.paused_until - now)
+
+
+def _held(seen: Observation, past: History, policy: Policy, *, waits_for_ever: bool) -> Verdict | None:
+    """Up to 6.2 DEL_DEV waits for holders uninterruptibly, with the mutex held that every ADD_DEV and DEL_DEV needs."""
+    if seen.usage and seen.usage.holders:
+        reason = f"{_corpse(past)}; its id stays taken until {_list(seen.usage.holders)} lets go"
+        if waits_for_ever:
+            return Verdict(VerdictKind.PINNED, f"{reason}; then it can be deleted", Action.ALERT, look_again_in=5.0)
+        action = Action.DELETE if policy.orphaned is OnOrphan.DELETE else Action.ALERT
+        return Verdict(VerdictKind.PINNED, reason, action)
+    if waits_for_ever and not (seen.usage and seen.usage.complete):
+        reason = "DEAD; this kernel's DEL_DEV would block every other one if a holder had been overlooked"
+        return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0)
+    return None
 
 
 def _deleted(seen: Observation, past: History, now: float) -> Verdict:
@@ -196,7 +225,7 @@ def _alive(server: Server | None) -> bool:
 def _corpse(past: History) -> str:
     if past.server:
         return f"server {past.server} died, device DEAD"
-    return "DEAD, its server gone" if past.seen_live else "DEAD, added and never started"
+    return "DEAD, its server gone" if past.seen_live else "DEAD, never seen LIVE"
 
 
 def _soon(lasted: float) -> float:

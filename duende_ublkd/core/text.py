@@ -1,8 +1,8 @@
-"""Foreign text, made fit for one line of a journal, a table or an alert.
+r"""Foreign text, made fit for one line of a journal, a table or an alert.
 
 Names come from whoever chose them: a process may call itself anything in 15 bytes, a path is any bytes but NUL. What is
 shown here can be read and cannot steer a terminal. A backslash stays as it is, since unit names are full of them
-(`dev-disk-by\\x2dlabel.swap`), so the result is for reading and cannot be turned back.
+(`dev-disk-by\x2dlabel.swap`), so the result is for reading and cannot be turned back.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The binary face of ublk_drv and of io_uring's submission entries: numbers, layouts, and what each errno means.
 
-Everything here is from include/uapi/linux/ublk_cmd.h and io_uring.h of 7.3; a test asks the C compiler whether it is so.
-Native byte order throughout. No I/O.
+Everything here is from include/uapi/linux/ublk_cmd.h and io_uring.h of 7.3; a test asks the C compiler whether it is
+so. Native byte order throughout. No I/O.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def _ioc(direction: int, nr: int, size: int) -> int:
     return direction << 30 | size << 16 | ord("u") << 8 | nr
 
 
-# dev_id, queue_id, len, addr, data[1], dev_path_len, pad, reserved
+# struct ublksrv_ctrl_cmd: dev_id, queue_id, len, addr, data, dev_path_len, pad, reserved
 CTRL_CMD = struct.Struct("=IHHQQHHI")
 # nr_hw_queues, queue_depth, state, io_desc_size, max_io_buf_bytes, dev_id, ublksrv_pid, pad1, flags, ublksrv_flags,
 # owner_uid, owner_gid, reserved1, reserved2
@@ -120,7 +120,7 @@ class IoCommand(Enum):
 
 @dataclass(frozen=True, slots=True)
 class CtrlCmd:
-    """struct ublksrv_ctrl_cmd. `addr`/`length`: the command's buffer; `path_length`: of the node's path in front of it."""
+    """struct ublksrv_ctrl_cmd. `addr`, `length`: its buffer; `path_length`: of the node's path in front of that."""
 
     dev_id: int
     queue_id: int = NO_QUEUE
@@ -166,6 +166,8 @@ def pack_sqe(
     opcode: int, fd: int, user_data: int, *, cmd_op: int = 0, addr: int = 0, op_flags: int = 0, command: bytes = b""
 ) -> bytes:
     """One 128-byte submission entry. For IORING_OP_URING_CMD `cmd_op` and up to 80 bytes of `command` count."""
+    if len(command) > COMMAND_SIZE:
+        raise ValueError(f"a submission entry carries {COMMAND_SIZE} bytes of a command, not {len(command)}")
     head = _SQE_HEAD.pack(opcode, 0, 0, fd, cmd_op, 0, addr, 0, op_flags, user_data, 0, 0, 0)
     return head + command.ljust(COMMAND_SIZE, b"\0")
 
@@ -215,5 +217,3 @@ def error_of(command: Command, dev_id: int | None, result: int) -> CommandError:
     number = -result
     meaning = _SPECIAL.get((command, number)) or _GENERAL.get(number) or os.strerror(number)
     return _ERRORS.get(number, CommandError)(command.name, dev_id, number, meaning)
-
-

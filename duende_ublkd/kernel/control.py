@@ -3,9 +3,9 @@
 Rules:
 1. The control device is open only while a command is under way: an open file would keep the module from being unloaded.
 2. Commands go out ioctl-encoded; a kernel that answers "not supported" to that is asked once more with the plain number
-   (6.0 to 6.3 know nothing else, and kernels without CONFIG_BLKDEV_UBLK_LEGACY_OPCODES refuse it), and what worked stays.
-3. An unprivileged device (UBLK_F_UNPRIVILEGED_DEV) is found only through its node's path, in front of every payload, also
-   for root. GET_DEV_INFO tells so with EINVAL, and is then asked again as GET_DEV_INFO2.
+   (6.0 to 6.3 know nothing else, and those without CONFIG_BLKDEV_UBLK_LEGACY_OPCODES refuse it), and what worked stays.
+3. An unprivileged device (UBLK_F_UNPRIVILEGED_DEV) is found only through its node's path, in front of every payload,
+   also for root. GET_DEV_INFO tells so with EINVAL, and is then asked again as GET_DEV_INFO2.
 4. This file sends what it is told to. Whether a device may be stopped or deleted is decided elsewhere.
 """
 
@@ -254,7 +254,7 @@ def _why_no_control_device(path: str, number: int) -> tuple[str, str]:
         return f"{path} may not be opened here", "give the service DeviceAllow=/dev/ublk-control rw and CAP_SYS_ADMIN"
     if number in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
         release = os.uname().release
-        if _version(release) < (6, 0):
+        if kernel_version(release) < (6, 0):
             return f"kernel {release} has no ublk; it came with 6.0", "boot a kernel of 6.0 or newer; see: uname -r"
         return (
             f"{path} is missing: the ublk driver is not loaded",
@@ -263,7 +263,8 @@ def _why_no_control_device(path: str, number: int) -> tuple[str, str]:
     return f"{path}: {os.strerror(number)}", "look at: dmesg | tail"
 
 
-def _version(release: str) -> tuple[int, ...]:
+def kernel_version(release: str) -> tuple[int, ...]:
+    """(6, 12) of `6.12.107+deb13-amd64`."""
     numbers = release.split("-", 1)[0].split("+", 1)[0].split(".")[:2]
     return tuple(int(number) for number in numbers if number.isdigit())
 

@@ -1,24 +1,26 @@
 """One io_uring ring, bound to the running event loop; the only file that imports liburing.
 
-How it works: commands that arrive in one turn of the loop are written to the submission queue and go to the kernel in one
-system call; completions ring an eventfd that the loop reads. No thread, no polling, no sleep.
+How it works: commands that arrive in one turn of the loop are written to the submission queue and go to the kernel in
+one system call; completions ring an eventfd that the loop reads. No thread, no polling, no sleep.
 
 Rules:
-1. The kernel writes to a command's buffer whenever it likes until the completion. So a command is owned by the ring from
-   submission to completion, whatever its caller does meanwhile: give up, be cancelled, or close the ring.
+1. The kernel writes to a command's buffer whenever it likes until the completion. So a command is owned by the ring
+   from submission to completion, whatever its caller does meanwhile: give up, be cancelled, or close the ring.
 2. Every command has a deadline (or says that it has none, as a server's FETCH). After it comes ASYNC_CANCEL, after that
    the caller gets CommandOverdueError; the late completion is collected and counted all the same.
 3. No more commands are in flight than the completion queue has room for; the rest wait their turn.
 
-liburing 2024.5.3 knows no 128-byte entries: a second mapping of them is written to instead. Its entries are handed out in
-order, so that the n-th one lies at (n & mask) * 128.
+liburing 2024.5.3 knows no 128-byte entries: a second mapping of them is written to instead. Its entries are handed out
+in order, so that the n-th one lies at (n & mask) * 128.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import errno
+import itertools
 import mmap
 import os
 from collections import deque
@@ -35,8 +37,9 @@ if TYPE_CHECKING:
 
 CANCEL_GRACE = 1.0  # seconds; an interruptible wait answers its cancellation in well under one millisecond
 CLOSE_GRACE = 1.0
+RETRY = 0.01  # seconds after which the kernel, short of memory, is offered the same entries again
 
-_errno = ctypes.CDLL(None).__errno_location
+_errno = ctypes.CDLL(None)["__errno_location"]
 _errno.restype = ctypes.POINTER(ctypes.c_int)
 
 
@@ -54,18 +57,21 @@ class _Flight:
 
     name: str
     dev_id: int | None
-    opcode: int
-    fd: int
-    cmd_op: int = 0
-    addr: int = 0
-    command: bytes = b""
+    user_data: int
+    entry: bytes  # packed when asked for, so that what cannot be packed fails its caller and nobody else
     keep: object = None
-    future: asyncio.Future[Completion] | None = None
+    future: asyncio.Future[Completion] | None = None  # None: an ASYNC_CANCEL, whose answer says nothing that we need
     waited: float = 0.0
-    user_data: int = 0  # 0: not handed to the kernel yet
     timer: asyncio.TimerHandle | None = None
+    place: int = 0
+    sent: bool = False
     cancelled: bool = False
     overdue: bool = False
+
+    @property
+    def abandoned(self) -> bool:
+        """Whoever asked has gone, with an error or by being cancelled."""
+        return self.future is not None and self.future.done()
 
 
 # Rule 1 outlives the ring: what a closed ring could not collect stays referenced for as long as the process lives.
@@ -89,26 +95,27 @@ class Ring:
 
     def __init__(self, entries: int = 64, *, on_late: Callable[[str, int | None, int], None] | None = None) -> None:
         """`entries`: a power of two. `on_late(name, dev_id, result)`: a command that was given up has completed."""
+        if entries.bit_count() != 1:
+            raise ValueError(f"a ring of {entries} entries: it takes a power of two")
         self._loop = asyncio.get_running_loop()
-        self._ring = _set_up(entries)
-        self._entries = mmap.mmap(
-            self._ring.ring_fd,
-            entries * abi.SQE_SIZE,
-            mmap.MAP_SHARED,
-            mmap.PROT_READ | mmap.PROT_WRITE,
-            offset=abi.IORING_OFF_SQES,
-        )
+        with contextlib.ExitStack() as undo:
+            self._ring = _set_up(entries)
+            undo.callback(liburing.io_uring_queue_exit, self._ring)
+            self._entries = undo.enter_context(_map_entries(self._ring.ring_fd, entries))
+            self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            undo.callback(os.close, self._event)
+            _checked(liburing.io_uring_register_eventfd, self._ring, self._event)
+            self._loop.add_reader(self._event, self._on_event)
+            undo.callback(self._loop.remove_reader, self._event)
+            self._give_back = undo.pop_all().close
         self._mask = entries - 1
         self._capacity = 2 * entries  # the kernel makes the completion queue twice as long as the submission queue
         self._tail = 0
-        self._unsubmitted = 0
         self._cqe = liburing.io_uring_cqe()
-        self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        _checked(liburing.io_uring_register_eventfd, self._ring, self._event)
-        self._loop.add_reader(self._event, self._on_event)
         self._waiting: deque[_Flight] = deque()
+        self._unsubmitted: deque[_Flight] = deque()  # written to the queue, and the kernel has not taken it yet
         self._in_flight: dict[int, _Flight] = {}
-        self._next_user_data = 1
+        self._numbers = itertools.count(1)
         self._flush: asyncio.Handle | None = None
         self._idle: asyncio.Future[None] | None = None
         self._closed = False
@@ -138,40 +145,47 @@ class Ring:
         that the command points to. Raises CommandOverdueError when neither the command nor its cancellation answered,
         RuntimeError on a closed ring.
         """
+        number = next(self._numbers)
+        entry = abi.pack_sqe(abi.IORING_OP_URING_CMD, fd, number, cmd_op=cmd_op, command=command)
+        return await self._perform(_Flight(name, dev_id, number, entry, keep), deadline)
+
+    async def close(self) -> None:
+        """Cancel what is in flight, wait a moment for it, give the ring back. Callers still waiting get an error."""
         if self._closed:
-            raise RuntimeError(f"{name}: the ring is closed")
-        future: asyncio.Future[Completion] = self._loop.create_future()
-        flight = _Flight(name, dev_id, abi.IORING_OP_URING_CMD, fd, cmd_op, 0, command, keep, future)
+            return
+        self._closed = True
+        for flight in self._waiting:
+            _give_up(flight, RuntimeError(f"{flight.name}: the ring was closed before it could be sent"))
+        self._waiting.clear()
+        for flight in list(self._in_flight.values()):
+            self._cancel(flight)
+        try:
+            if self._in_flight:
+                self._idle = self._loop.create_future()
+                await asyncio.wait([self._idle], timeout=CLOSE_GRACE)
+        finally:
+            self._tear_down()
+
+    def _tear_down(self) -> None:
+        if self._flush:
+            self._flush.cancel()
+        for flight in self._in_flight.values():
+            _give_up(flight, CommandOverdueError(flight.name, flight.dev_id, flight.waited))
+        _abandoned.extend(self._in_flight.values())
+        self._in_flight.clear()
+        self._give_back()
+
+    async def _perform(self, flight: _Flight, deadline: float | None) -> Completion:
+        """Send whatever entry the flight carries, and wait for its completion."""
+        if self._closed:
+            raise RuntimeError(f"{flight.name}: the ring is closed")
+        flight.future = self._loop.create_future()
         if deadline is not None:
             flight.waited = deadline
             flight.timer = self._loop.call_later(deadline, self._expire, flight)
         self._waiting.append(flight)
         self._plan_flush()
-        return await future
-
-    async def close(self) -> None:
-        """Cancel what is in flight, wait a moment for it, and give the ring back. Callers still waiting get an error."""
-        if self._closed:
-            return
-        self._closed = True
-        for flight in self._waiting:
-            _give_up(flight, asyncio.CancelledError())
-        self._waiting.clear()
-        for flight in list(self._in_flight.values()):
-            self._cancel(flight)
-        if self._in_flight:
-            self._idle = self._loop.create_future()
-            await asyncio.wait([self._idle], timeout=CLOSE_GRACE)
-        if self._flush:
-            self._flush.cancel()
-        self._loop.remove_reader(self._event)
-        for flight in self._in_flight.values():
-            _give_up(flight, CommandOverdueError(flight.name, flight.dev_id, flight.waited))
-        _abandoned.extend(self._in_flight.values())
-        self._in_flight.clear()
-        self._entries.close()
-        liburing.io_uring_queue_exit(self._ring)
-        os.close(self._event)
+        return await flight.future
 
     def _plan_flush(self) -> None:
         if self._flush is None:
@@ -179,42 +193,41 @@ class Ring:
 
     def _send_waiting(self) -> None:
         self._flush = None
+        self._blank_abandoned()
         while self._write_waiting():
             if not self._submit():
-                # The kernel is short of memory or wants completions taken first: a completion or this timer goes on.
-                self._flush = self._loop.call_later(0.01, self._send_waiting)
+                self._flush = self._loop.call_later(RETRY, self._send_waiting)
                 return
+
+    def _blank_abandoned(self) -> None:
+        """An entry cannot be taken back; but its descriptor may be closed by now, and its number another file's."""
+        for flight in self._unsubmitted:
+            if flight.abandoned:
+                self._put(flight.place, abi.pack_sqe(abi.IORING_OP_NOP, -1, flight.user_data))
 
     def _write_waiting(self) -> bool:
         """Fill the submission queue; False when there is nothing to submit."""
         while self._waiting:
             flight = self._waiting[0]
-            if flight.future and flight.future.done():
-                self._waiting.popleft()
-                _stop_timer(flight)
+            if flight.abandoned:
+                _stop_timer(self._waiting.popleft())
                 continue
             if flight.future and len(self._in_flight) >= self._capacity:
                 break  # cancellations go first and are exempt: they are what makes room
             if not liburing.io_uring_get_sqe(self._ring):
                 break
             self._write(self._waiting.popleft())
-        return self._unsubmitted > 0
+        return bool(self._unsubmitted)
 
     def _write(self, flight: _Flight) -> None:
-        flight.user_data = self._next_user_data
-        self._next_user_data += 1
-        place = (self._tail & self._mask) * abi.SQE_SIZE
+        flight.place = (self._tail & self._mask) * abi.SQE_SIZE
         self._tail += 1
-        self._unsubmitted += 1
-        self._entries[place : place + abi.SQE_SIZE] = abi.pack_sqe(
-            flight.opcode,
-            flight.fd,
-            flight.user_data,
-            cmd_op=flight.cmd_op,
-            addr=flight.addr,
-            command=flight.command,
-        )
+        self._put(flight.place, flight.entry)
+        self._unsubmitted.append(flight)
         self._in_flight[flight.user_data] = flight
+
+    def _put(self, place: int, entry: bytes) -> None:
+        self._entries[place : place + abi.SQE_SIZE] = entry
 
     def _submit(self) -> bool:
         """One io_uring_enter; False when the kernel took nothing and wants to be asked again."""
@@ -226,21 +239,19 @@ class Ring:
                 raise
             return False
         self._stats.submitted += sent
-        self._unsubmitted -= sent
+        for _ in range(sent):
+            self._unsubmitted.popleft().sent = True
         return sent > 0
 
     def _on_event(self) -> None:
         os.eventfd_read(self._event)
-        while True:
-            # One at a time: the binding has room for a single completion's address.
-            while liburing.io_uring_peek_batch_cqe(self._ring, self._cqe, 1):
-                user_data, result = self._cqe.user_data, self._cqe.res
-                liburing.io_uring_cq_advance(self._ring, 1)
-                self._complete(self._in_flight.pop(user_data), result)
-            if not liburing.io_uring_cq_has_overflow(self._ring):
-                break
-            self._stats.overflows += 1
-            _checked(liburing.io_uring_get_events, self._ring)
+        if liburing.io_uring_cq_has_overflow(self._ring):
+            self._stats.overflows += 1  # and peeking at the queue's end makes the kernel hand out what did not fit
+        # One at a time: the binding has room for a single completion's address.
+        while liburing.io_uring_peek_batch_cqe(self._ring, self._cqe, 1):
+            user_data, result = self._cqe.user_data, self._cqe.res
+            liburing.io_uring_cq_advance(self._ring, 1)
+            self._complete(self._in_flight.pop(user_data), result)
         if self._waiting:
             self._plan_flush()
         if self._idle and not self._in_flight and not self._idle.done():
@@ -255,11 +266,12 @@ class Ring:
             self._stats.overdue -= 1
             self._stats.late += 1
             if self._on_late:
-                self._on_late(flight.name, flight.dev_id, result)
+                # In a turn of its own: an exception in there must not cost the completions that come behind.
+                self._loop.call_soon(self._on_late, flight.name, flight.dev_id, result)
 
     def _expire(self, flight: _Flight) -> None:
-        if not flight.user_data:
-            # Never handed over: nothing to own, nothing to cancel.
+        if not flight.sent:
+            # The kernel never had it: nothing to own, nothing to cancel.
             _give_up(flight, CommandOverdueError(flight.name, flight.dev_id, flight.waited))
             return
         self._cancel(flight)
@@ -267,9 +279,9 @@ class Ring:
 
     def _cancel(self, flight: _Flight) -> None:
         flight.cancelled = True
-        self._waiting.appendleft(
-            _Flight("ASYNC_CANCEL", flight.dev_id, abi.IORING_OP_ASYNC_CANCEL, -1, addr=flight.user_data)
-        )
+        number = next(self._numbers)
+        entry = abi.pack_sqe(abi.IORING_OP_ASYNC_CANCEL, -1, number, addr=flight.user_data)
+        self._waiting.appendleft(_Flight("ASYNC_CANCEL", flight.dev_id, number, entry))
         self._plan_flush()
 
     def _declare_overdue(self, flight: _Flight) -> None:
@@ -284,13 +296,10 @@ def _stop_timer(flight: _Flight) -> None:
         flight.timer = None
 
 
-def _give_up(flight: _Flight, error: BaseException) -> None:
+def _give_up(flight: _Flight, error: Exception) -> None:
     _stop_timer(flight)
     if flight.future and not flight.future.done():
-        if isinstance(error, asyncio.CancelledError):
-            flight.future.cancel()
-        else:
-            flight.future.set_exception(error)
+        flight.future.set_exception(error)
 
 
 def _checked(call: Callable[..., int], *arguments: object) -> int:
@@ -307,6 +316,16 @@ def _set_up(entries: int) -> liburing.io_uring:
         message, hint = _why_no_ring(error.errno or 0)
         raise KernelUnavailableError(message, hint=hint) from error
     return ring
+
+
+def _map_entries(ring_fd: int, entries: int) -> mmap.mmap:
+    return mmap.mmap(
+        ring_fd,
+        entries * abi.SQE_SIZE,
+        mmap.MAP_SHARED,
+        mmap.PROT_READ | mmap.PROT_WRITE,
+        offset=abi.IORING_OFF_SQES,
+    )
 
 
 def _why_no_ring(number: int) -> tuple[str, str]:

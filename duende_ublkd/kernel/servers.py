@@ -1,16 +1,16 @@
 """Who a pid is, whether it lives, and the moment that it dies.
 
-What is read of a process, and why that cannot hang the reader: `comm`, `exe` and the links below `fd` take a spinlock or
-RCU and walk dentries that are in memory; `stat` takes no mmap_lock and sleeps for nobody. `cmdline`, `environ`, `maps`,
-`map_files` and `smaps` take mmap_lock, which a process in a page fault on a dead swap device holds for ever: they are
-never read. `cgroup` takes cgroup_mutex before Linux 6.8, which a stuck fork can keep: a caller that must not wait has
-`inspect` run by `holders.Sweeper`.
+What is read of a process, and why that cannot hang the reader: `comm`, `exe` and the links below `fd` take a spinlock
+or RCU and walk dentries that are in memory; `stat` takes no mmap_lock. `cmdline`, `environ`, `maps`, `map_files` and
+`smaps` take mmap_lock, which a process in a page fault on a dead swap device holds for ever: they are never read.
+`cgroup` takes cgroup_mutex before Linux 6.8, which a stuck fork can keep: a caller that must not wait has
+`holders.Sweeper.inspect` do it.
 
 Alive is what a pidfd says. 'Z' in /proc/PID/stat is also the state of a leader that called pthread_exit() while its
 threads go on serving; a pidfd becomes readable only when the whole thread group has gone.
 
-A directory descriptor of /proc/PID names one process for good: once that has gone, reads through it fail, and never show
-the next owner of the number.
+A directory descriptor of /proc/PID names one process for good: once that has gone, reads through it fail, and never
+show the next owner of the number.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def unit_of(cgroup: bytes) -> str:
 
 
 def start_time_of(stat: bytes) -> int:
-    """Field 22 of the text of /proc/PID/stat, 0 if it is not there. The comm before it may hold anything, `) 1 (` too."""
+    """Field 22 of the text of /proc/PID/stat, 0 if not there. The comm before it may hold anything, `) 1 (` too."""
     fields = stat.rpartition(b")")[2].split()
     try:
         return int(fields[_STARTTIME_AFTER_COMM])

@@ -3,20 +3,28 @@
 import argparse
 import os
 import shutil
+import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
-from tests.lab import kernels, qemu
+from tests.lab import image, kernels, qemu
 from tests.lab.errors import LabError
-from tests.lab.image import REPOSITORY
 
-RESULTS = REPOSITORY / ".lab"
+RESULTS = image.REPOSITORY / ".lab"
 # A hung test says where it hangs, in good time before the guest's own limit.
 HUNG_TEST_S = 180
+# pytest would load hypothesis' plugin and rewrite every assertion in all of hypothesis: 30 s on an emulated CPU.
+PYTEST_ENVIRONMENT = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 
 def main() -> int:
-    options = _parser().parse_args()
+    parser = _parser()
+    options, options.rest = parser.parse_known_args()
+    if options.rest and options.do is not _pytest:
+        parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
+    # Whoever waits for us in vain asks with SIGTERM; a shell's background job does not even hear SIGINT.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         status: int = options.do(options)
     except LabError as error:
@@ -32,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.lab", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    fetch = commands.add_parser("fetch", help="fetch what is not in the cache: kernels and their headers")
+    fetch = commands.add_parser("fetch", help="fill the cache: kernels, their headers, the guest's base image")
     fetch.add_argument("--refresh", action="store_true", help="look for newer ones")
     fetch.set_defaults(do=_fetch)
 
@@ -43,9 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("command", nargs="+", metavar="CMD", help="put -- before it")
     run.set_defaults(do=_run)
 
-    pytest = commands.add_parser("pytest", help="tests/guest, or what the arguments say, in a guest")
+    pytest = commands.add_parser(
+        "pytest", allow_abbrev=False, help="tests/guest, or what more arguments to pytest say, in a guest"
+    )
     pytest.set_defaults(do=_pytest)
-    pytest.add_argument("arguments", nargs=argparse.REMAINDER, metavar="PYTEST-ARGUMENTS")
 
     demo = commands.add_parser("demo", help="the demonstration")
     demo.set_defaults(do=_demo)
@@ -59,9 +68,10 @@ def _parser() -> argparse.ArgumentParser:
 def _fetch(options: argparse.Namespace) -> int:
     for name in kernels.names():
         kernel = kernels.fetch(name, refresh=options.refresh)
-        print(f"kernel {name}: {kernel.version}")
+        print(f"kernel {name}: {kernel.version}, {qemu.accelerator(kernel)}")
     if kernels.names() != ("host",):
         kernels.uapi_headers(refresh=options.refresh)
+    image.base()
     return 0
 
 
@@ -83,19 +93,21 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _pytest(options: argparse.Namespace) -> int:
-    arguments = options.arguments
+    arguments = options.rest
     if not any(argument.startswith("tests/") for argument in arguments):
         arguments = ["tests/guest", *arguments]
     own = ["-p", "no:cacheprovider", f"-ofaulthandler_timeout={HUNG_TEST_S}", "--junit-xml=/results/junit.xml"]
     command = ["python3", "-m", "pytest", *own, *arguments]
-    return _in_guest(options, command, options.kernel)
+    return _in_guest(options, command, options.kernel, PYTEST_ENVIRONMENT)
 
 
-def _in_guest(options: argparse.Namespace, command: list[str], name: str) -> int:
+def _in_guest(
+    options: argparse.Namespace, command: list[str], name: str, environment: Mapping[str, str] | None = None
+) -> int:
     kernel = kernels.fetch(options.kernel)
     results = RESULTS / name
     shutil.rmtree(results, ignore_errors=True)
-    results.mkdir(parents=True)
+    results.mkdir(parents=True, exist_ok=True)
     print(f"lab: booting {kernel.version} ({qemu.accelerator(kernel)})", flush=True)
     with (results / "console.log").open("w") as log:
 
@@ -105,11 +117,11 @@ def _in_guest(options: argparse.Namespace, command: list[str], name: str) -> int
             sys.stdout.write(text)
             sys.stdout.flush()
 
-        result = qemu.run(kernel, command, timeout_s=options.timeout, on_output=on_output)
+        result = qemu.run(kernel, command, timeout_s=options.timeout, on_output=on_output, environment=environment)
     _keep_files(result, results)
     for fault in result.kernel_faults:
         print(f"lab: KERNEL FAULT: {fault}")
-    kept = results.relative_to(REPOSITORY)
+    kept = results.relative_to(image.REPOSITORY)
     print(f"lab: exit status {result.exit_status} after {result.seconds:.0f} s, log and results in {kept}/")
     return result.exit_status or (qemu.NO_RESULT if result.kernel_faults else 0)
 

@@ -13,11 +13,8 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    chosen = os.environ.get("DUENDE_LAB_CACHE")
-    if chosen:
-        path = Path(chosen)
-    else:
-        path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "duende-ublkd"
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    path = Path(os.environ.get("DUENDE_LAB_CACHE") or user / "duende-ublkd")
     path.mkdir(parents=True, exist_ok=True)
     return path.resolve()
 

@@ -1,4 +1,7 @@
-"""Write a directory as a newc cpio archive, everything owned by root. Archives may follow one another in an initramfs."""
+"""Write a directory as a newc cpio archive, everything owned by root.
+
+The kernel unpacks archives that follow one another, each over what is there.
+"""
 
 import os
 import stat

@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -34,14 +35,15 @@ PROJECT_PARTS = ("duende_ublkd", "tests", "config", "deploy", "pyproject.toml")
 HOST_ONLY_PACKAGES = {"mypy", "ruff", "import-linter"}
 STDLIB_LEFT_OUT = (
     *("__pycache__", "config-*", "dist-packages", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "site-packages"),
-    *("test", "tkinter", "turtledemo", "*.a", "sitecustomize.py", "EXTERNALLY-MANAGED"),
+    *("test", "tkinter", "turtledemo", "*.a", "sitecustomize.py", "EXTERNALLY-MANAGED", "_test*.so", "_tkinter*.so"),
 )
 PACKAGES_LEFT_OUT = re.compile(r"(^|/)(__pycache__|tests)/")
-# mke2fs: busybox makes ext2 only. swapon, losetup and mount of util-linux know options that busybox's do not.
-TOOLS = ("dmsetup", "fuser", "losetup", "mke2fs", "mount", "setpriv", "strace", "swapoff", "swapon", "umount", "unshare")
+# Where busybox has one too, its own lacks options: mke2fs makes ext2 only.
+TOOLS = ("dmsetup", "losetup", "mke2fs", "mount", "setpriv", "strace", "swapoff", "swapon", "umount", "unshare")
 NEEDED_TOOLS = ("mke2fs",)
 VENV = "lab/venv"
 PROJECT = "/project"
+UNUSED_S = 7 * 24 * 3600
 INTERPRETER = f"python{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -56,7 +58,7 @@ def build(
 ) -> None:
     """Write the initramfs that runs `command` to the file `into`; `extras` maps paths in the guest to host files."""
     with into.open("wb") as out:
-        for part in (_base(), _modules(kernel)):
+        for part in (base(), _modules(kernel)):
             with part.open("rb") as archive:
                 shutil.copyfileobj(archive, out, 1 << 20)
         workshop = into.with_suffix(".tree")
@@ -77,20 +79,28 @@ def build_probe(into: Path) -> None:
     shutil.rmtree(tree)
 
 
-def _base() -> Path:
+def base() -> Path:
+    """The archive that depends on the host's Python and packages only."""
     distributions = _guest_distributions()
     target = cache_dir() / "base" / _base_key(distributions)
     with locked("base"):
         if not target.is_dir():
             print("building the guest's base image (once)", file=sys.stderr, flush=True)
-            for outdated in target.parent.glob("*"):
-                shutil.rmtree(outdated)
+            _remove_unused(target.parent)
             with replacing(target) as workshop:
                 _build_base(workshop / "tree", distributions)
                 with (workshop / "base.cpio").open("wb") as out:
                     cpio.write_tree(workshop / "tree", out)
                 shutil.rmtree(workshop / "tree")
+        os.utime(target)
     return target / "base.cpio"
+
+
+def _remove_unused(bases: Path) -> None:
+    """Each change of a Python package leaves a base behind; another checkout may still use it."""
+    for base_directory in bases.glob("[0-9a-f]*"):
+        if time.time() - base_directory.stat().st_mtime > UNUSED_S:
+            shutil.rmtree(base_directory)
 
 
 def _base_key(distributions: list[importlib.metadata.Distribution]) -> str:
@@ -113,6 +123,7 @@ def _build_base(tree: Path, distributions: list[importlib.metadata.Distribution]
     binaries.append(_copy_binary(tree, need_tool("ldconfig"), "usr/sbin/ldconfig"))
     _add_busybox(tree)
     _add_libraries(tree, binaries)
+    _strip(tree)
     _compile(tree)
 
 
@@ -187,19 +198,27 @@ def _add_busybox(tree: Path) -> None:
 def _add_libraries(tree: Path, binaries: Iterable[Path]) -> None:
     """Every shared library stays at its path on the host, so that RPATHs and the loader's own name hold."""
     listing = subprocess.run([need_tool("ldd"), *binaries], check=False, capture_output=True, text=True).stdout
-    wanted = set(re.findall(r"(?:=> |^\t)(/\S+) \(0x", listing, re.M)) | _libudev()
-    for library in sorted(wanted):
-        path = re.sub(r"^/lib(64|)/", r"/usr/lib\1/", library)
+    found = set(re.findall(r"(?:=> |^\t)(/\S+) \(0x", listing, re.MULTILINE)) | _libudev()
+    # /lib is a link to /usr/lib in the guest, whatever it is here.
+    wanted = {re.sub(r"^/lib(64|)/", r"/usr/lib\1/", library): library for library in sorted(found)}
+    for path, library in wanted.items():
         if not (tree / path[1:]).exists() and not Path(path).is_relative_to(tree):
             _copy_binary(tree, library, path[1:])
-    directories = sorted({os.path.dirname(re.sub(r"^/lib(64|)/", r"/usr/lib\1/", each)) for each in wanted})
-    _add_file(tree, "etc/ld.so.conf", "".join(f"{directory}\n" for directory in directories))
+    _add_file(tree, "etc/ld.so.conf", "".join(f"{each}\n" for each in sorted({Path(path).parent for path in wanted})))
 
 
 def _libudev() -> set[str]:
     """pyudev opens it by name at run time, so no binary lists it; ldconfig knows where the host keeps it."""
     cache = subprocess.run([need_tool("ldconfig"), "-p"], check=True, capture_output=True, text=True).stdout
     return set(re.findall(r"libudev\.so\.1 .*x86-64.* => (\S+)", cache)[:1])
+
+
+def _strip(tree: Path) -> None:
+    """A Python built from source carries 30 MB of debug information, which every boot would unpack."""
+    strip = find_tool("strip")
+    libraries = [path for path in tree.rglob("*.so*") if path.is_file() and not path.is_symlink()]
+    if strip:
+        subprocess.run([strip, "--strip-debug", *libraries], check=False, stderr=subprocess.DEVNULL)
 
 
 def _compile(tree: Path) -> None:

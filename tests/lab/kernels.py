@@ -24,7 +24,7 @@ from tests.lab.errors import LabError, need_tool
 
 SUITES = {"6.12": "trixie", "newest": "trixie-backports"}
 REQUIRED_MODULES = ("ublk_drv",)
-# In loading order; dependencies come in by themselves. ext4 asks for crc32c by its crypto name, which no module carries.
+# In loading order; dependencies come in by themselves, but ext4 asks for crc32c by a crypto name that no module has.
 WANTED_MODULES = ("crc32c_generic", "ext4", "loop", "dm_mod", "md_mod", "raid1")
 KEYRINGS = tuple(Path("/usr/share/keyrings", f"debian-archive-keyring.{suffix}") for suffix in ("gpg", "pgp"))
 OWN_KERNEL_HINT = (
@@ -169,7 +169,8 @@ class _PrivateApt:
         return real
 
     def download(self, packages: list[str], into: Path, title: str) -> None:
-        sizes = re.findall(r"^'.*' \S+ (\d+)", self._run("apt-get", "download", "", "--print-uris", *packages), re.M)
+        listing = self._run("apt-get", "download", "", "--print-uris", *packages)
+        sizes = re.findall(r"^'.*' \S+ (\d+)", listing, re.MULTILINE)
         megabytes = sum(map(int, sizes)) / 1e6
         self._run("apt-get", "download", f"{title} ({megabytes:.0f} MB)", *packages, cwd=into)
 

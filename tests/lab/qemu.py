@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.lab import image
@@ -51,7 +51,8 @@ ACCELERATORS = {
 # An emulated CPU that waits for its turn on the host looks locked up to the watchdog.
 COMMAND_LINE = "console=ttyS0 quiet panic=-1 mitigations=off nowatchdog random.trust_cpu=on"
 KERNEL_FAULT = re.compile(
-    r"\[ *\d+\.\d{6}\](?:\[[^\]]*\])? ((?:[\w ]+: )?(?:BUG: |Oops|Kernel panic|general protection fault|Internal error).*)"
+    r"\[ *\d+\.\d{6}\](?:\[[^\]]*\])? "  # what a test prints has no kernel time before it
+    r"((?:[\w ]+: )?(?:BUG: |Oops|Kernel panic|general protection fault|refcount_t: |list_(?:add|del) corruption).*)"
 )
 
 
@@ -106,6 +107,7 @@ def guest_environment(kernel: Kernel, more: Mapping[str, str] | None) -> dict[st
         "DUENDE_LAB_KERNEL_VERSION": kernel.version,
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
+        "TERM": "dumb",
         **(more or {}),
     }
 
@@ -152,16 +154,27 @@ def _kvm_boots(kernel: Kernel) -> bool:
         return machine.run(KVM_PROBE_LIMIT_S, lambda _: None).came_up
 
 
+class _Limit:
+    """A deadline that moves as the guest gets on."""
+
+    def __init__(self, seconds: float) -> None:
+        self._started = time.monotonic()
+        self.seconds = seconds
+
+    def elapsed(self) -> float:
+        return time.monotonic() - self._started
+
+    def left(self) -> float:
+        return self.seconds - self.elapsed()
+
+
 @dataclass
 class _Outcome:
     results: Path
     output: str = ""
-    timed_out: float | None = None
-    endings: list[str] = field(default_factory=list)
-
-    @property
-    def came_up(self) -> bool:
-        return GUEST_UP in self.output
+    came_up: bool = False
+    went_down: bool = False
+    timed_out: bool = False
 
     def result(self, boots: int, seconds: float) -> GuestResult:
         status, files = _read_results(self.results)
@@ -192,19 +205,20 @@ class _Machine:
 
     def run(self, timeout_s: float, on_output: Callable[[str], None]) -> _Outcome:
         outcome = _Outcome(self.results)
-        started = time.monotonic()
-        limit = started + min(BOOT_LIMIT_S, timeout_s)
+        limit = _Limit(min(BOOT_LIMIT_S, timeout_s))
         with _killed_at_exit(self.command("stdio,id=console,signal=on"), stdin=subprocess.DEVNULL) as process:
-            for text in _texts_until(process, lambda: limit):
-                if not outcome.came_up and GUEST_UP in outcome.output + text:
-                    limit = started + timeout_s
+            for text in _texts_until(process, limit):
                 outcome.output += text
-                if GUEST_DOWN in outcome.output[-2000:]:
-                    limit = min(limit, time.monotonic() + POWER_OFF_LIMIT_S)
+                if not outcome.came_up and GUEST_UP in outcome.output:
+                    outcome.came_up = True
+                    limit.seconds = timeout_s
+                if not outcome.went_down and GUEST_DOWN in outcome.output[-1000:]:
+                    outcome.went_down = True
+                    limit.seconds = limit.elapsed() + POWER_OFF_LIMIT_S
                 on_output(text)
-            if process.poll() is None and GUEST_DOWN not in outcome.output:
-                outcome.timed_out = limit - started
-                text = f"\nLAB: time limit of {outcome.timed_out:.0f} s is over\n"
+            if process.poll() is None and not outcome.went_down:
+                outcome.timed_out = True
+                text = f"\nLAB: time limit of {limit.seconds:.0f} s is over\n"
                 outcome.output += text
                 on_output(text)
         return outcome
@@ -227,17 +241,17 @@ def _killed_at_exit(command: list[str], *, stdin: int | None = None) -> Iterator
             process.kill()
 
 
-def _texts_until(process: subprocess.Popen[bytes], limit: Callable[[], float]) -> Iterator[str]:
+def _texts_until(process: subprocess.Popen[bytes], limit: _Limit) -> Iterator[str]:
     """What the process says, as it says it, until it ends or the limit (which may move) is over."""
     if process.stdout is None:
         return
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
-        while (left := limit() - time.monotonic()) > 0:
+        while (left := limit.left()) > 0:
             if selector.select(left):
                 chunk = os.read(process.stdout.fileno(), 1 << 16)
                 if not chunk:
-                    process.wait(max(limit() - time.monotonic(), 1))
+                    process.wait(max(limit.left(), 1))
                     return
                 yield chunk.decode(errors="replace").replace("\r\n", "\n")
 

@@ -1,0 +1,36 @@
+"""The program's only exit: whatever happens below becomes an exit code and, for an error, two lines on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from duende_ublkd import cli
+from duende_ublkd.core.errors import DuendeError, ExitCode
+from duende_ublkd.core.text import printable
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        code: int = cli.run(sys.argv[1:])
+        sys.stdout.flush()
+    except DuendeError as error:
+        for line in str(error).splitlines():
+            print(f"duende-ublkd: {printable(line, 1000)}", file=sys.stderr)
+        if error.hint:
+            print(f"  try: {printable(error.hint, 1000)}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has seen enough; keep the interpreter from failing again on its way out.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = ExitCode.DONE
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

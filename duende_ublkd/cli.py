@@ -1,0 +1,272 @@
+"""The commands: what they take, what they print, and their exit codes.
+
+Readers look at the kernel themselves, so that they work with and without a running daemon. What a single look cannot tell,
+because it takes an unbroken time, is looked at again for a moment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import shutil
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, NoReturn
+
+from duende_ublkd import __version__
+from duende_ublkd.core.errors import ExitCode, KernelUnavailableError, UsageError
+from duende_ublkd.core.model import Action, Outcome, VerdictKind
+from duende_ublkd.kernel.control import open_control_device
+from duende_ublkd.parts import DEFAULT_PATH, Parts, read_config
+from duende_ublkd.reconcile import facts_of
+from duende_ublkd.report import present
+from duende_ublkd.report.journal import set_up_logging
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from duende_ublkd.core.config import Config
+    from duende_ublkd.core.model import Deed, Judged, PassReport
+
+MAX_DEV_ID = (1 << 20) - 1
+SETTLE_FOR = 5.0
+"""Seconds that a one-shot command gives a device to make up its mind; a server's last I/O may take longer, and then the
+command says what it left."""
+SHORT_WAIT = 2.0
+"""Seconds of grace that a one-shot command sits out; a longer one is a device's own business, and is reported."""
+
+_DEVICE = re.compile(r"(?:/dev/)?(?:ublk[bc]?)?(\d{1,7})")
+_LEFT_OVER = {
+    VerdictKind.ORPHANED,
+    VerdictKind.PINNED,
+    VerdictKind.WEDGED,
+    VerdictKind.UNKNOWN,
+    VerdictKind.CLOSING,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with our kind of errors."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message, hint=f"{self.prog} --help")
+
+
+def run(arguments: Sequence[str]) -> ExitCode:
+    """Carry out one command line; raises DuendeError."""
+    options = _parser().parse_args(arguments)
+    command = options.command
+    if command == "check-config":
+        return _check_config(options)
+    config = read_config(options.config)
+    if getattr(options, "dry_run", False):
+        config = replace(config, daemon=replace(config.daemon, dry_run=True))
+    if command == "run":
+        set_up_logging()
+        from duende_ublkd import daemon  # noqa: PLC0415 - its imports (HTTP, metrics, udev) are heavy, and no other's
+
+        asyncio.run(daemon.run(config, options.config))
+        return ExitCode.DONE
+    os.close(open_control_device())
+    if command == "clean":
+        return asyncio.run(_clean(config, options))
+    devices, sources = asyncio.run(_look(config, None if command == "list" else options.id))
+    if command == "list":
+        _print_list(devices, as_json=options.json)
+    else:
+        _print_explanation(devices, sources, options)
+    return ExitCode.DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="duende-ublkd",
+        description="Cleans up after dead ublk servers: frees what is safe to free, tells about the rest.",
+        epilog="Exit codes: 0 done, nothing orphaned is left; 1 something is left; 2 wrong use or configuration; "
+        "3 the kernel's control device is missing or not permitted.",
+    )
+    parser.add_argument("--version", action="version", version=f"duende-ublkd {__version__}")
+    common = _Parser(add_help=False)
+    common.add_argument("--config", metavar="FILE", help=f"configuration (default: {DEFAULT_PATH})")
+    reader = _Parser(add_help=False)
+    reader.add_argument("--json", action="store_true", help="print JSON")
+    changer = _Parser(add_help=False)
+    changer.add_argument("--dry-run", action="store_true", help="change nothing, say what would be done")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    commands.add_parser("run", parents=[common, changer], help="the daemon, in the foreground")
+    commands.add_parser("list", parents=[common, reader], help="every ublk device, its verdict and why")
+    explain = commands.add_parser("explain", parents=[common, reader], help="everything that is known of one device")
+    explain.add_argument("id", type=_device, metavar="ID", help="3, ublk3 or /dev/ublkb3")
+    clean = commands.add_parser("clean", parents=[common, reader, changer], help="delete orphaned devices, once")
+    clean.add_argument("ids", type=_device, nargs="*", metavar="ID", help="only these")
+    clean.add_argument(
+        "--now", action="store_true", help="the IDs are my own: skip their grace, but no other check", dest="now"
+    )
+    check = commands.add_parser("check-config", parents=[common, reader], help="is this configuration right?")
+    check.add_argument("file", nargs="?", metavar="FILE")
+    return parser
+
+
+def _device(text: str) -> int:
+    match = _DEVICE.fullmatch(text)
+    if not match or int(match[1]) > MAX_DEV_ID:
+        raise UsageError(
+            f"{text!r} is not the id of a ublk device (0 to {MAX_DEV_ID})",
+            hint="duende-ublkd list  # shows the ids; 3, ublk3 and /dev/ublkb3 all name the device with id 3",
+        )
+    return int(match[1])
+
+
+def _check_config(options: argparse.Namespace) -> ExitCode:
+    path = options.file or options.config or DEFAULT_PATH
+    config = read_config(path)
+    if options.json:
+        print(json.dumps({"file": path, "ok": True, "device_tables": len(config.devices)}))
+    else:
+        tables = len(config.devices)
+        print(f"{path}: right" + (f", {tables} [[device]] table{'s' if tables > 1 else ''}" if tables else ""))
+    return ExitCode.DONE
+
+
+async def _look(config: Config, dev_id: int | None) -> tuple[list[Judged], dict[int, tuple[str, str]]]:
+    """Judge all devices, or one, without touching any; with each one's policy source and the reason for that."""
+    parts = Parts(config, ())
+    try:
+        await _settle(parts, None if dev_id is None else {dev_id}, act=False)
+        reconciler = parts.reconciler
+        devices = list(reconciler.devices.values())
+        sources = {}
+        for device in devices:
+            history = reconciler.ledger.get(device.seen.dev_id)
+            if history:
+                chosen = config.policy_for(facts_of(device.seen, history))
+                sources[device.seen.dev_id] = (chosen.source, chosen.reason)
+        return devices, sources
+    finally:
+        await parts.close()
+
+
+async def _settle(parts: Parts, dev_ids: set[int] | None, *, act: bool) -> None:
+    """Look, and look again at whatever may change in a moment, until nothing does or SETTLE_FOR is over."""
+    until = time.monotonic() + SETTLE_FOR
+    reconciler = parts.reconciler
+    wanted = dev_ids
+    while True:
+        report = await reconciler.run_pass(wanted, act=act, thorough=True)
+        if report.trouble:
+            raise KernelUnavailableError(report.trouble, hint="dmesg | tail")
+        await reconciler.finish_deeds()
+        waits = [_wait_for(device) for device in reconciler.devices.values()]
+        moving = {device.seen.dev_id for device in reconciler.devices.values() if _wait_for(device) is not None}
+        gone = reconciler.ledger.ids() != tuple(reconciler.devices)
+        if (not moving and not gone) or time.monotonic() > until:
+            return
+        await asyncio.sleep(min((wait for wait in waits if wait is not None), default=0.0))
+        wanted = moving
+
+
+def _wait_for(device: Judged) -> float | None:
+    """Seconds until another look is worth it for somebody who waits; None when it is not."""
+    verdict = device.verdict
+    if verdict.look_again_in is None or verdict.look_again_in > SHORT_WAIT:
+        return None
+    return verdict.look_again_in if verdict.kind in (VerdictKind.CLOSING, VerdictKind.STARTING) else None
+
+
+def _print_list(devices: list[Judged], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([present.as_object(device) for device in devices], indent=2))
+    else:
+        print(present.table(devices, shutil.get_terminal_size((120, 24)).columns))
+
+
+def _print_explanation(devices: list[Judged], sources: dict[int, tuple[str, str]], options: argparse.Namespace) -> None:
+    if not devices:
+        raise UsageError(f"there is no ublk{options.id}: the id is free", hint="duende-ublkd list")
+    device = devices[0]
+    source, reason = sources[device.seen.dev_id]
+    if options.json:
+        print(json.dumps({**present.as_object(device), "policy": {"source": source, "reason": reason}}, indent=2))
+    else:
+        print(present.explain(device, source, reason))
+
+
+class _CleanReport:
+    """Collects what `clean` did."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self.deeds: list[tuple[Deed, str]] = []
+        self._quiet = quiet
+        self._reasons: dict[int, str] = {}
+
+    def intends(self, device: Judged) -> None:
+        """Remember why."""
+        self._reasons[device.seen.dev_id] = device.verdict.reason
+
+    def passed(self, report: PassReport) -> None:
+        """Print each deed when it is done."""
+        for deed in report.deeds:
+            reason = self._reasons.get(deed.dev_id, deed.detail)
+            self.deeds.append((deed, reason))
+            if not self._quiet:
+                print(_deed_line(deed, reason), flush=True)
+
+
+def _deed_line(deed: Deed, reason: str) -> str:
+    match deed.outcome:
+        case Outcome.DELETED:
+            return f"ublk{deed.dev_id} deleted: {reason}"
+        case Outcome.WOULD_DELETE:
+            return f"ublk{deed.dev_id} would be deleted: {reason}"
+        case Outcome.DELETED_STILL_HELD:
+            return f"ublk{deed.dev_id} deleted, but its id is still held: {reason}"
+        case Outcome.ALREADY_GONE:
+            return f"ublk{deed.dev_id} was deleted by somebody else"
+        case Outcome.SPARED:
+            return f"ublk{deed.dev_id} spared: {deed.detail}"
+        case None:
+            return f"ublk{deed.dev_id} could not be deleted: {deed.detail}"
+
+
+async def _clean(config: Config, options: argparse.Namespace) -> ExitCode:
+    if options.now and not options.ids:
+        raise UsageError("--now takes the ids that are your own", hint="duende-ublkd clean --now 3")
+    report = _CleanReport(quiet=options.json)
+    parts = Parts(config, (report,), without_grace=tuple(options.ids) if options.now else ())
+    try:
+        await _settle(parts, set(options.ids) or None, act=True)
+        devices = list(parts.reconciler.devices.values())
+    finally:
+        await parts.close()
+    cleaned = [deed for deed, _ in report.deeds if deed.outcome is Outcome.DELETED]
+    would = {deed.dev_id for deed, _ in report.deeds if deed.outcome is Outcome.WOULD_DELETE}
+    left = [
+        device for device in devices if _is_left(device, named=bool(options.ids)) and device.seen.dev_id not in would
+    ]
+    if options.json:
+        print(
+            json.dumps(
+                {
+                    "cleaned": [deed.dev_id for deed in cleaned],
+                    "would_clean": sorted(would),
+                    "left": [present.as_object(device) for device in left],
+                },
+                indent=2,
+            )
+        )
+    else:
+        for device in left:
+            print(f"ublk{device.seen.dev_id} left, {device.verdict.kind.value}: {device.verdict.reason}")
+        print(f"Cleaned {len(cleaned)} orphaned devices")
+    return ExitCode.LEFT_OVER if left else ExitCode.DONE
+
+
+def _is_left(device: Judged, *, named: bool) -> bool:
+    """Whether somebody who wanted this id cleaned has to be told. A DEAD one that was named, also while it starts."""
+    kind = device.verdict.kind
+    if kind in _LEFT_OVER or device.verdict.action is Action.DELETE:
+        return True
+    return named and kind is VerdictKind.STARTING

@@ -1,0 +1,296 @@
+"""See devices and take them away: what reconcile asks of the real kernel.
+
+Facts that shape it:
+- Two equal answers of GET_DEV_INFO prove nothing: a freed id, with its names and numbers, is reused by the next ADD_DEV.
+  The kernfs inode of /sys/class/ublk-char/ublkcN differs; it is read before and after, so that one observation is of one
+  instance.
+- Opening /dev/ublkcN is exclusive (ublk_ch_open: test_and_set_bit(UB_STATE_OPEN)). While we hold it no server can take
+  the device, and our file pins the id: ADD_DEV of it says EEXIST. So the open is at once the last question ("does
+  anybody have it?") and the lock for the deletion. Measured on 6.12, 6.18 and 7.3.
+- A deleted device that somebody holds has neither a node nor a sysfs entry, only a taken id. A full look therefore asks
+  for every id up to the highest known one and some more.
+- DEL_DEV waits for every open file, ours too: it is sent with the device open, so that its id cannot be reused before the
+  kernel has looked it up, and the device is closed once the node is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import stat
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from duende_ublkd.core.errors import (
+    BusyError,
+    CommandError,
+    CommandOverdueError,
+    NoSuchDeviceError,
+    UnsupportedError,
+)
+from duende_ublkd.core.model import Disk, Identity, Observation
+from duende_ublkd.core.policy import Traits
+from duende_ublkd.kernel import abi
+from duende_ublkd.kernel.control import Control, kernel_version
+from duende_ublkd.kernel.holders import Sweeper, Target
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+
+    from duende_ublkd.core.model import DevInfo, Usage
+
+SYSFS_CLASS = "/sys/class/ublk-char"
+SWEEP_AT_LEAST = 64  # ublks_max of old: the ids that an automatic ADD_DEV hands out first
+SWEEP_MARGIN = 8
+USAGE_DEADLINE = 5.0
+SERVER_DEADLINE = 2.0
+_DELETED_SOON = 0.001  # first pause between two looks for the node's end; doubles
+_STABLE_READS = 4
+
+Rdevs = frozenset[tuple[int, int]]
+
+
+class UblkKernel:
+    """The running kernel, through a ring of the running event loop."""
+
+    def __init__(self, control: Control, sweeper: Sweeper) -> None:
+        self.control = control
+        self._sweeper = sweeper
+        version = kernel_version(os.uname().release)
+        self.traits = Traits(async_delete=version >= (6, 9), delete_can_be_cancelled=version >= (6, 3))
+
+    def forget_driver(self) -> None:
+        """The module went and came: whatever was learnt of the driver is of the old one."""
+        self.control.forget()
+
+    async def observe(self, dev_ids: Collection[int] | None, remembered: Mapping[int, Rdevs]) -> list[Observation]:
+        """One look at the given ids, or at every id that can be found; ids that are free are left out.
+
+        `remembered`: ids known from earlier looks with their disks' numbers. Raises KernelUnavailableError.
+        """
+        await self.control.features()  # also the question whether the driver is there at all
+        wanted = _candidates(remembered) if dev_ids is None else sorted(dev_ids)
+        seen = await asyncio.gather(*(self._observe_one(dev_id) for dev_id in wanted))
+        present = [observation for observation in seen if observation is not None]
+        return await self._with_servers(present)
+
+    async def look_for_users(self, seen: Collection[Observation], remembered: Mapping[int, Rdevs]) -> dict[int, Usage]:
+        """Who has these devices open, and who holds their disks: one sweep over /proc for all of them."""
+        targets = {
+            each.dev_id: Target(
+                each.dev_id,
+                each.identity.char_rdev,
+                remembered.get(each.dev_id, frozenset()) | _disk_rdevs(each.disk),
+            )
+            for each in seen
+        }
+        return await self._sweeper.look(targets, USAGE_DEADLINE) if targets else {}
+
+    @contextlib.contextmanager
+    def claim(self, seen: Observation) -> Iterator[UblkClaim]:
+        """Hold /dev/ublkcN exclusively. BusyError: somebody has it. NoSuchDeviceError: it went, or is another one now."""
+        claim = UblkClaim(self, seen.dev_id, _open_exclusively(seen))
+        try:
+            yield claim
+        finally:
+            claim.release()
+
+    async def is_taken(self, dev_id: int) -> bool:
+        """Whether the id is still taken, by this device or another."""
+        try:
+            await self.control.get_device_info(dev_id)
+        except NoSuchDeviceError:
+            return False
+        except CommandError:
+            return True
+        return True
+
+    async def _observe_one(self, dev_id: int) -> Observation | None:
+        for _ in range(_STABLE_READS):
+            before = read_identity(dev_id)
+            at = time.monotonic()
+            info, trouble = None, ""
+            try:
+                info = await self.control.get_device_info(dev_id)
+            except NoSuchDeviceError:
+                if read_identity(dev_id).sysfs_inode is None:
+                    return None
+                continue  # added this very moment
+            except CommandOverdueError as error:
+                trouble = str(error)
+            except CommandError as error:
+                # An unprivileged device whose node is gone cannot even be asked about: deleted, and still held.
+                trouble = "" if error.errno == errno.ENOENT and before.sysfs_inode is None else str(error)
+            disk = read_disk(dev_id)
+            if read_identity(dev_id) == before:
+                return _observation(dev_id, at, before, disk, info, trouble)
+        return _observation(
+            dev_id, time.monotonic(), Identity(None), None, None, "another device took the id at each look"
+        )
+
+    async def _with_servers(self, seen: list[Observation]) -> list[Observation]:
+        pids = [each.info.server_pid for each in seen if each.info and each.info.server_pid > 0]
+        if not pids:
+            return seen
+        known = await self._sweeper.inspect(pids, SERVER_DEADLINE)
+        return [replace(each, server=known.get(each.info.server_pid)) if each.info else each for each in seen]
+
+
+class UblkClaim:
+    """An exclusively opened /dev/ublkcN, and the only way to delete it. Nobody can serve or re-add the id meanwhile."""
+
+    def __init__(self, kernel: UblkKernel, dev_id: int, fd: int) -> None:
+        self._kernel = kernel
+        self._dev_id = dev_id
+        self._fd = fd
+
+    async def look_again(self, remembered: Mapping[int, Rdevs]) -> Observation | None:
+        """Look once more at what the claim pins. None: the id is free."""
+        seen = await self._kernel.observe([self._dev_id], remembered)
+        return seen[0] if seen else None
+
+    async def delete(self, info: DevInfo) -> None:
+        """Delete the device and release the claim. The id is free when the last holder lets go.
+
+        InterruptedCommandError: deleted, and held. NoSuchDeviceError: somebody else deleted it.
+        """
+        if info.unprivileged or not await self._delete_async():
+            await self._delete_and_wait(via_node=info.unprivileged)
+
+    def release(self) -> None:
+        """Close it, at most once."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            os.close(fd)
+
+    async def _delete_async(self) -> bool:
+        kernel = self._kernel
+        try:
+            await kernel.control.delete_device_async(self._dev_id)
+        except UnsupportedError:
+            kernel.traits = replace(kernel.traits, async_delete=False)
+            return False
+        kernel.traits = replace(kernel.traits, async_delete=True)
+        self.release()
+        return True
+
+    async def _delete_and_wait(self, *, via_node: bool) -> None:
+        deletion = asyncio.ensure_future(self._kernel.control.delete_device(self._dev_id, via_node=via_node))
+        pause = _DELETED_SOON
+        while not (deletion.done() or self._is_deleted()):
+            await asyncio.wait([deletion], timeout=pause)
+            pause = min(pause * 2, 0.1)
+        self.release()
+        await deletion
+
+    def _is_deleted(self) -> bool:
+        """The kernel has taken the node away (cdev_device_del)."""
+        return os.fstat(self._fd).st_nlink == 0
+
+
+def _observation(
+    dev_id: int, at: float, identity: Identity, disk: Disk | None, info: DevInfo | None, trouble: str
+) -> Observation:
+    node, age = read_char_device(dev_id, identity)
+    return Observation(dev_id, at, info, identity, node, disk, age=age, trouble=trouble)
+
+
+def _candidates(remembered: Collection[int]) -> list[int]:
+    """Every id worth asking about; explicit ids beyond the sweep are known from sysfs or from before."""
+    listed = {*list_char_devices(), *remembered}
+    automatic = max((dev_id for dev_id in listed if dev_id < SWEEP_AT_LEAST * 16), default=0)
+    return sorted(listed | set(range(max(automatic + SWEEP_MARGIN, SWEEP_AT_LEAST))))
+
+
+def list_char_devices() -> list[int]:
+    """The ids that sysfs shows. Empty, too, when the driver is not loaded."""
+    try:
+        names = os.listdir(SYSFS_CLASS)
+    except FileNotFoundError:
+        return []
+    return [int(name[5:]) for name in names if name.startswith("ublkc") and name[5:].isdigit()]
+
+
+def read_identity(dev_id: int) -> Identity:
+    """The instance that has this id now, as sysfs tells it."""
+    directory = f"{SYSFS_CLASS}/ublkc{dev_id}"
+    try:
+        inode = os.stat(f"{directory}/").st_ino
+        major, minor = _read_numbers(f"{directory}/dev")
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return Identity(None)
+    except OSError as error:
+        if error.errno == errno.ENODEV:  # kernfs, while the entry is being removed
+            return Identity(None)
+        raise
+    return Identity(inode, (major, minor))
+
+
+def read_disk(dev_id: int) -> Disk | None:
+    """/sys/block/ublkbN with its partitions; None when there is no disk."""
+    name = f"ublkb{dev_id}"
+    directory = f"/sys/block/{name}"
+    try:
+        rdev = _read_numbers(f"{directory}/dev")
+        parts = [entry for entry in os.listdir(directory) if entry.startswith(f"{name}p")]
+        partitions = tuple(_read_numbers(f"{directory}/{part}/dev") for part in sorted(parts))
+        diskseq = _read_text(f"{directory}/diskseq")
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None if not os.path.isdir(directory) else Disk((0, 0))
+    except OSError as error:
+        if error.errno == errno.ENODEV:
+            return None
+        raise
+    return Disk(rdev, int(diskseq) if diskseq.isdigit() else None, partitions)
+
+
+def read_char_device(dev_id: int, identity: Identity) -> tuple[str | None, float | None]:
+    """The node's path, if it is this device's, and a lower bound of the seconds since ADD_DEV.
+
+    The age is the wall clock's: the time that devtmpfs gave the node. A clock that was set meanwhile shows itself as an
+    age that is negative or beyond the uptime, and then there is no age.
+    """
+    path = abi.CHAR_DEVICE.format(dev_id)
+    try:
+        node = os.lstat(path)
+    except OSError:
+        return None, None
+    if not stat.S_ISCHR(node.st_mode) or (os.major(node.st_rdev), os.minor(node.st_rdev)) != identity.char_rdev:
+        return None, None
+    age = time.time() - max(node.st_ctime, node.st_mtime)
+    return path, age if 0 <= age <= time.clock_gettime(time.CLOCK_BOOTTIME) else None
+
+
+def _open_exclusively(seen: Observation) -> int:
+    path = abi.CHAR_DEVICE.format(seen.dev_id)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise BusyError("open", seen.dev_id, errno.EBUSY, "somebody has its char device open") from error
+        if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+            raise NoSuchDeviceError("open", seen.dev_id, errno.ENODEV, "its char device is gone") from error
+        raise CommandError("open", seen.dev_id, error.errno or 0, os.strerror(error.errno or 0)) from error
+    node = os.fstat(fd)
+    ours = stat.S_ISCHR(node.st_mode) and (os.major(node.st_rdev), os.minor(node.st_rdev)) == seen.identity.char_rdev
+    if not ours or node.st_nlink == 0 or read_identity(seen.dev_id) != seen.identity:
+        os.close(fd)
+        raise NoSuchDeviceError("open", seen.dev_id, errno.ENODEV, "its id belongs to another device now")
+    return fd
+
+
+def _disk_rdevs(disk: Disk | None) -> Rdevs:
+    return frozenset((disk.rdev, *disk.partitions)) if disk else frozenset()
+
+
+def _read_text(path: str) -> str:
+    with open(path, encoding="ascii", errors="replace") as file:
+        return file.read().strip()
+
+
+def _read_numbers(path: str) -> tuple[int, int]:
+    major, _, minor = _read_text(path).partition(":")
+    return int(major), int(minor)

@@ -1,0 +1,63 @@
+"""This process as Linux sees it: that it is the only daemon, and what it tells its service manager."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+
+from duende_ublkd.core.errors import UsageError
+
+RUN_DIR = "/run/duende-ublkd"
+
+
+def run_directory() -> str:
+    """Where the lock lies: what systemd made for RuntimeDirectory=, else /run/duende-ublkd, made here."""
+    path = os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0] or RUN_DIR
+    try:
+        os.makedirs(path, mode=0o755, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make {path}: {error.strerror}", hint="run the daemon as root") from error
+    return path
+
+
+class SoleDaemon:
+    """A lock that one running daemon has; the kernel drops it with the process."""
+
+    def __init__(self, directory: str) -> None:
+        """Raises UsageError naming the daemon that has the lock."""
+        path = f"{directory}/lock"
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        except OSError as error:
+            raise UsageError(f"cannot open {path}: {error.strerror}", hint="run the daemon as root") from error
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            other = os.read(self._fd, 32).decode("ascii", "replace").strip() or "?"
+            os.close(self._fd)
+            raise UsageError(
+                f"another duende-ublkd runs already, as pid {other}",
+                hint="to see what it does: duende-ublkd list; to stop it: systemctl stop duende-ublkd",
+            ) from None
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+
+    def close(self) -> None:
+        """Let another daemon start."""
+        os.close(self._fd)
+
+
+def tell_service_manager(message: str) -> None:
+    """sd_notify(3): `READY=1`, `STATUS=...`. Without a service manager nothing happens."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        channel.setblocking(False)
+        try:
+            channel.sendto(message.encode(), address)
+        except (BlockingIOError, FileNotFoundError, ConnectionRefusedError):
+            return  # it restarts, or is busy: a status line less

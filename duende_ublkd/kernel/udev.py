@@ -1,0 +1,151 @@
+"""Hints that something changed: uevents and inotify. The only file that imports pyudev and inotify_simple.
+
+A hint says "look now, at this id, or at all", and nothing else. Facts:
+- Uevents come from the kernel's own netlink group, so that no udevd is needed. They may be lost (ENOBUFS): then a full look.
+- A server's death sends a block `remove` before the kernel's state has settled, and on a recoverable device (QUIESCED,
+  FAIL_IO) nothing at all. There inotify helps: IN_CLOSE_WRITE at the last close of /dev/ublkcN, IN_OPEN when a new server
+  takes it. Neither keeps a device from being deleted.
+- libudev reads from a socket that anybody could send to, and drops what does not come from the kernel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import re
+from typing import TYPE_CHECKING, Protocol
+
+import pyudev
+from inotify_simple import INotify, flags
+
+from duende_ublkd.core.errors import DuendeError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+RECEIVE_BUFFER = 8 << 20  # bytes; some 8,000 events. Grown as far as rmem_max where CAP_NET_ADMIN is missing
+_WATCHED = flags.OPEN | flags.CLOSE_WRITE | flags.CLOSE_NOWRITE | flags.ATTRIB
+_NAME = re.compile(r"ublk[bc](\d{1,7})(?:p\d+)?")
+
+
+class Listener(Protocol):
+    """Who wants the hints."""
+
+    def on_uevent(self, subsystem: str, action: str, dev_id: int) -> None:
+        """Something about this id."""
+
+    def on_driver(self, action: str) -> None:
+        """The control device came (`add`) or went (`remove`)."""
+
+    def on_overflow(self) -> None:
+        """Events were lost."""
+
+    def on_node(self, dev_id: int) -> None:
+        """A device's char node was opened, closed or removed."""
+
+
+class Uevents:
+    """Uevents of ublk's devices, from the kernel's netlink group, in the running event loop."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._loop = asyncio.get_running_loop()
+        try:
+            self._monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source="kernel")
+            for subsystem in ("ublk-char", "block", "misc"):
+                self._monitor.filter_by(subsystem)
+            self._monitor.start()
+        except (ImportError, OSError) as error:
+            raise DuendeError(f"no uevents: {error}", hint="apt-get install libudev1") from error
+        self.buffer_is_large = self._grow_buffer()
+        self._loop.add_reader(self._monitor.fileno(), self._on_readable)
+
+    def close(self) -> None:
+        """Stop listening."""
+        self._loop.remove_reader(self._monitor.fileno())
+
+    def _grow_buffer(self) -> bool:
+        try:
+            self._monitor.set_receive_buffer_size(RECEIVE_BUFFER)
+        except PermissionError:
+            return False
+        return True
+
+    def _on_readable(self) -> None:
+        try:
+            while (device := self._monitor.poll(timeout=0)) is not None:
+                self._tell(device)
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            self._listener.on_overflow()
+
+    def _tell(self, device: pyudev.Device) -> None:
+        subsystem, action, name = str(device.subsystem), str(device.action), str(device.sys_name)
+        if subsystem == "misc":
+            if name == "ublk-control":
+                self._listener.on_driver(action)
+        elif match := _NAME.fullmatch(name):
+            self._listener.on_uevent(subsystem, action, int(match[1]))
+
+
+class NodeWatch:
+    """inotify on the char nodes of the devices that are there now."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._loop = asyncio.get_running_loop()
+        self._inotify = INotify(nonblocking=True)
+        self._watches: dict[int, tuple[int, int]] = {}  # id -> (watch, identity's inode)
+        self._ids: dict[int, int] = {}  # watch -> id
+        self._loop.add_reader(self._inotify.fileno(), self._on_readable)
+        self.lost = 0
+
+    def keep(self, present: Mapping[int, tuple[str, int]]) -> None:
+        """Watch exactly these: id -> (path of the node, its device's sysfs inode)."""
+        for dev_id in self._watches.keys() - present.keys():
+            self._drop(dev_id)
+        for dev_id, (path, inode) in present.items():
+            if dev_id in self._watches and self._watches[dev_id][1] != inode:
+                self._drop(dev_id)
+            if dev_id not in self._watches:
+                self._add(dev_id, path, inode)
+
+    def close(self) -> None:
+        """Forget every watch."""
+        self._loop.remove_reader(self._inotify.fileno())
+        self._inotify.close()
+
+    def _add(self, dev_id: int, path: str, inode: int) -> None:
+        try:
+            watch = self._inotify.add_watch(path, _WATCHED)
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOSPC, errno.ENOMEM, errno.EACCES):
+                raise
+            self.lost += 1  # a hint less; the full look comes anyway
+            return
+        self._watches[dev_id] = (watch, inode)
+        self._ids[watch] = dev_id
+
+    def _drop(self, dev_id: int) -> None:
+        watch, _ = self._watches.pop(dev_id)
+        if self._ids.get(watch) == dev_id:
+            del self._ids[watch]
+        try:
+            self._inotify.rm_watch(watch)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # the node went, and the watch with it
+                raise
+
+    def _on_readable(self) -> None:
+        overflowed = False
+        touched: dict[int, None] = {}
+        for event in self._inotify.read(timeout=0):
+            if event.mask & flags.Q_OVERFLOW:
+                overflowed = True
+            elif event.wd in self._ids:
+                touched[self._ids[event.wd]] = None
+        if overflowed:
+            self._listener.on_overflow()
+        for dev_id in touched:
+            self._listener.on_node(dev_id)

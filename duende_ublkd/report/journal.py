@@ -1,0 +1,96 @@
+"""The log: one line per thing that changed, with the verdict's sentence. A steady state is silent.
+
+WARNING: we changed the machine, or something needs a human. ERROR: we could not. INFO: we held back. On a service
+manager's stream each line starts with its priority (sd-daemon(3)); on a terminal with the time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from typing import TYPE_CHECKING
+
+from duende_ublkd.core.model import Action, Outcome, VerdictKind
+from duende_ublkd.core.text import printable
+
+if TYPE_CHECKING:
+    from duende_ublkd.core.model import Deed, Judged, PassReport
+
+log = logging.getLogger("duende_ublkd")
+
+_PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+_LINE_LIMIT = 2000
+_DONE = {
+    Outcome.ALREADY_GONE: "was already gone",
+    Outcome.SPARED: "spared",
+    Outcome.DELETED_STILL_HELD: "deleted, its id still held",
+    Outcome.WOULD_DELETE: "would be deleted (dry run)",
+}
+
+
+class _ForServiceManager(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"<{_PRIORITIES.get(record.levelno, 5)}>{printable(super().format(record), _LINE_LIMIT)}"
+
+
+class _ForTerminal(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), _LINE_LIMIT)
+
+
+def set_up_logging() -> None:
+    """Log to stderr, in the manner of whoever reads it."""
+    handler = logging.StreamHandler(sys.stderr)
+    if os.environ.get("JOURNAL_STREAM"):
+        handler.setFormatter(_ForServiceManager("%(message)s"))
+    else:
+        handler.setFormatter(_ForTerminal("%(asctime)s %(levelname)-7s %(message)s"))
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    log.propagate = False
+
+
+class Journal:
+    """Writes what passes report."""
+
+    def __init__(self) -> None:
+        self._trouble = ""
+
+    def intends(self, device: Judged) -> None:
+        """Before a destructive action."""
+        log.info("ublk%d: deleting it: %s", device.seen.dev_id, device.verdict.reason)
+
+    def passed(self, report: PassReport) -> None:
+        """After a pass or a deed."""
+        if report.trouble != self._trouble:
+            self._trouble = report.trouble
+            if report.trouble:
+                log.error("%s", report.trouble)
+            else:
+                log.info("the ublk driver answers again")
+        for device in report.changed:
+            level = _level(device)
+            log.log(level, "ublk%d is %s: %s", device.seen.dev_id, device.verdict.kind.value, device.verdict.reason)
+        reasons = {device.seen.dev_id: device.verdict.reason for device in report.gone}
+        acted = {deed.dev_id for deed in report.deeds}
+        for dev_id in reasons.keys() - acted:
+            log.info("ublk%d is gone", dev_id)
+        for deed in report.deeds:
+            _write_deed(deed, reasons.get(deed.dev_id, ""))
+
+
+def _level(device: Judged) -> int:
+    needs_a_human = device.verdict.action is Action.ALERT or device.verdict.kind is VerdictKind.UNSERVED
+    return logging.WARNING if needs_a_human else logging.INFO
+
+
+def _write_deed(deed: Deed, reason: str) -> None:
+    if deed.outcome is None:
+        log.error("ublk%d could not be deleted: %s", deed.dev_id, deed.detail)
+    elif deed.outcome is Outcome.DELETED:
+        after = "" if deed.reaction is None else f", {deed.reaction * 1000:.0f} ms after the death was seen"
+        log.warning("ublk%d deleted: %s; id free again after %.0f ms%s", deed.dev_id, reason, deed.took * 1000, after)
+    else:
+        level = logging.WARNING if deed.outcome is Outcome.DELETED_STILL_HELD else logging.INFO
+        log.log(level, "ublk%d %s: %s", deed.dev_id, _DONE[deed.outcome], deed.detail)

@@ -1,0 +1,44 @@
+"""Guests boot in the background as soon as the tests are collected, one emulated CPU each, and are waited for last."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.lab.suite import GuestSuite
+
+GUESTS = pytest.StashKey[dict[str, GuestSuite]]()
+
+
+def _guest_kernel(item: pytest.Item) -> str | None:
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get("guest_kernel") if callspec else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _guest_kernel(item) is not None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def guests(request: pytest.FixtureRequest) -> Iterator[dict[str, GuestSuite]]:
+    wanted = dict.fromkeys(kernel for item in request.session.items if (kernel := _guest_kernel(item)))
+    suites = {kernel: GuestSuite.start(kernel) for kernel in wanted}
+    request.config.stash[GUESTS] = suites
+    try:
+        yield suites
+    finally:
+        for suite in suites.values():
+            suite.stop()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    suites = config.stash.get(GUESTS, {})
+    if suites:
+        terminalreporter.section("tests in guest kernels")
+    for suite in suites.values():
+        counts = suite.counts()
+        told = (
+            f"{counts.run} run, {counts.failed} failed, {counts.skipped} skipped in {counts.seconds:.0f} s"
+            if counts
+            else "no result"
+        )
+        terminalreporter.write_line(f"{suite.kernel}: {told}, log in .lab/{suite.log.name}")

@@ -1,0 +1,184 @@
+/*
+ * mini_server [--id N] [--recovery] [--fail-io] [--depth N] [--size MIB] [--stop-after add|open|fetch]
+ * mini_server --recover ID
+ *
+ * A ublk server that shares no line with the project's own: one queue, one thread, reads give zeros, writes vanish.
+ * It says ADDED ID, LIVE ID (or RECOVERED ID), and then serves until a signal kills it; it never cleans up.
+ * --stop-after: go no further than this stage of the set-up, and sleep (it says STAGE ID, in capitals).
+ * SIGUSR1: answer no request from now on (it says HOLDING ID at the first one).
+ */
+#include <ctype.h>
+#include <getopt.h>
+#include <signal.h>
+
+#include "uring.h"
+
+#define IO_SIZE (128 << 10)
+#define START_TAG UINT64_MAX
+
+static volatile sig_atomic_t holding;
+
+static void hold(int signal_number)
+{
+	(void)signal_number;
+	holding = 1;
+}
+
+static void say(const char *word, unsigned id)
+{
+	printf("%s %u\n", word, id);
+	fflush(stdout);
+}
+
+/* Sleep for ever at the stage that was asked for. */
+static void stage(const char *name, const char *last, unsigned id)
+{
+	char word[16] = "";
+	if (!last || strcmp(name, last))
+		return;
+	for (size_t i = 0; name[i]; i++)
+		word[i] = toupper(name[i]);
+	say(word, id);
+	for (;;)
+		pause();
+}
+
+struct server {
+	struct ring ring;
+	int control, node;
+	unsigned id, depth;
+	char *buffers;
+	const struct ublksrv_io_desc *requests;
+};
+
+static void fetch(struct server *server, unsigned op, unsigned tag, int result)
+{
+	struct ublksrv_io_cmd *command = ring_command(&server->ring, server->node, op, tag);
+	command->tag = tag;
+	command->result = result;
+	command->addr = (uintptr_t)(server->buffers + (size_t)tag * IO_SIZE);
+}
+
+static int answer(const struct ublksrv_io_desc *request, char *buffer)
+{
+	int size = request->nr_sectors << 9;
+	switch (ublksrv_get_op(request)) {
+	case UBLK_IO_OP_READ:
+		memset(buffer, 0, size);
+		return size;
+	case UBLK_IO_OP_WRITE:
+		return size;
+	default: /* flush; nothing else was promised in the parameters */
+		return 0;
+	}
+}
+
+static void add(struct server *server, uint64_t flags, unsigned mebibytes)
+{
+	struct ublksrv_ctrl_dev_info info = {
+		.nr_hw_queues = 1, .queue_depth = server->depth, .max_io_buf_bytes = IO_SIZE,
+		.dev_id = server->id, .ublksrv_pid = -1, .flags = flags,
+	};
+	int result = control(&server->ring, server->control, UBLK_U_CMD_ADD_DEV, server->id, &info, sizeof info);
+	if (result < 0)
+		fail("ADD_DEV", -result);
+	server->id = info.dev_id;
+	say("ADDED", server->id);
+	struct ublk_params params = {
+		.len = sizeof params, .types = UBLK_PARAM_TYPE_BASIC,
+		.basic = {
+			.attrs = UBLK_ATTR_VOLATILE_CACHE, .logical_bs_shift = 9, .physical_bs_shift = 12,
+			.io_opt_shift = 12, .io_min_shift = 9, .max_sectors = IO_SIZE >> 9,
+			.dev_sectors = (uint64_t)mebibytes << 11,
+		},
+	};
+	result = control(&server->ring, server->control, UBLK_U_CMD_SET_PARAMS, server->id, &params, sizeof params);
+	if (result < 0)
+		fail("SET_PARAMS", -result);
+}
+
+static void open_queue(struct server *server)
+{
+	server->node = open_char_device(server->id);
+	server->buffers = aligned_alloc(4096, (size_t)server->depth * IO_SIZE);
+	server->requests = mmap(NULL, server->depth * sizeof(struct ublksrv_io_desc), PROT_READ,
+				MAP_SHARED | MAP_POPULATE, server->node, UBLKSRV_CMD_BUF_OFFSET);
+	if (!server->buffers || server->requests == MAP_FAILED)
+		fail("mmap of the queue", errno);
+}
+
+static void serve(struct server *server, const char *started)
+{
+	unsigned open_tags = server->depth;
+	struct io_uring_cqe cqe;
+	while (open_tags) {
+		ring_enter(&server->ring, 1);
+		while (ring_next(&server->ring, &cqe)) {
+			unsigned tag = cqe.user_data;
+			if (cqe.user_data == START_TAG) {
+				if (cqe.res < 0)
+					fail("START_DEV", -cqe.res);
+				say(started, server->id);
+			} else if (cqe.res != UBLK_IO_RES_OK) {
+				open_tags--; /* the device goes */
+			} else if (holding) {
+				say("HOLDING", server->id);
+			} else {
+				int result = answer(&server->requests[tag], server->buffers + (size_t)tag * IO_SIZE);
+				fetch(server, UBLK_U_IO_COMMIT_AND_FETCH_REQ, tag, result);
+			}
+		}
+	}
+}
+
+int main(int argc, char **argv)
+{
+	static const struct option options[] = {
+		{ "id", 1, 0, 'i' }, { "recovery", 0, 0, 'r' }, { "fail-io", 0, 0, 'f' }, { "depth", 1, 0, 'd' },
+		{ "size", 1, 0, 's' }, { "stop-after", 1, 0, 'S' }, { "recover", 1, 0, 'R' }, { 0 },
+	};
+	struct server server = { .id = -1, .depth = 16 };
+	uint64_t flags = 0;
+	unsigned mebibytes = 64;
+	const char *last = NULL;
+	int recover = 0, option;
+	while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
+		switch (option) {
+		case 'i': server.id = strtoul(optarg, NULL, 10); break;
+		case 'r': flags |= UBLK_F_USER_RECOVERY; break;
+		case 'f': flags |= UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_FAIL_IO; break;
+		case 'd': server.depth = strtoul(optarg, NULL, 10); break;
+		case 's': mebibytes = strtoul(optarg, NULL, 10); break;
+		case 'S': last = optarg; break;
+		case 'R': recover = 1, server.id = strtoul(optarg, NULL, 10); break;
+		default: return 2;
+		}
+	}
+	signal(SIGUSR1, hold);
+	ring_open(&server.ring, 2 * server.depth);
+	server.control = open_control();
+	if (recover) {
+		struct ublksrv_ctrl_dev_info info;
+		int result = control(&server.ring, server.control, UBLK_U_CMD_START_USER_RECOVERY, server.id, NULL, 0);
+		if (result < 0)
+			fail("START_USER_RECOVERY", -result);
+		result = control(&server.ring, server.control, UBLK_U_CMD_GET_DEV_INFO, server.id, &info, sizeof info);
+		if (result < 0)
+			fail("GET_DEV_INFO", -result);
+		server.depth = info.queue_depth;
+	} else {
+		add(&server, flags, mebibytes);
+	}
+	stage("add", last, server.id);
+	open_queue(&server);
+	stage("open", last, server.id);
+	for (unsigned tag = 0; tag < server.depth; tag++)
+		fetch(&server, UBLK_U_IO_FETCH_REQ, tag, 0);
+	if (last && !strcmp(last, "fetch"))
+		ring_enter(&server.ring, 0);
+	stage("fetch", last, server.id);
+	unsigned op = recover ? UBLK_U_CMD_END_USER_RECOVERY : UBLK_U_CMD_START_DEV;
+	control_command(&server.ring, server.control, op, server.id, START_TAG)->data[0] = getpid();
+	serve(&server, recover ? "RECOVERED" : "LIVE");
+	return 0;
+}

@@ -1,0 +1,697 @@
+"""The configuration: what is accepted, how mistakes are told, and which policy a device gets."""
+
+from __future__ import annotations
+
+import errno
+import re
+import tomllib
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from duende_ublkd.core.config import (
+    MAX_BYTES,
+    SECTIONS,
+    Address,
+    Config,
+    DaemonConfig,
+    DeviceFacts,
+    DeviceRule,
+    InvalidConfigError,
+    Match,
+    OnOrphan,
+    Policy,
+    Problem,
+    WrongValueError,
+    duration_text,
+    key_lines,
+    load,
+    parse_duration,
+    schema,
+    unreadable,
+)
+from duende_ublkd.core.errors import ConfigError, ExitCode
+
+ANNOTATED = Path(__file__).parent.parent / "config" / "duende-ublkd.toml"
+
+
+def a_config(text: str) -> Config:
+    return load(text.encode(), "duende.toml")
+
+
+def problems_of(text: str | bytes, name: str = "duende.toml") -> tuple[Problem, ...]:
+    with pytest.raises(InvalidConfigError) as caught:
+        load(text.encode() if isinstance(text, str) else text, name)
+    assert caught.value.exit_code is ExitCode.USAGE
+    assert all(problem.hint for problem in caught.value.problems)
+    return caught.value.problems
+
+
+def the_problem(text: str | bytes, name: str = "duende.toml") -> tuple[str, str]:
+    """The one mistake of a file, as a person reads it, and the hint."""
+    (problem,) = problems_of(text, name)
+    return str(problem), problem.hint
+
+
+def facts(dev_id: int = 3, **changes: str | int | None) -> DeviceFacts:
+    known: dict[str, Any] = {"comm": "ublk", "exe": "/usr/bin/ublk", "unit": "", "owner_uid": 0, "server_known": True}
+    return DeviceFacts(dev_id, **(known | changes))
+
+
+# --- what is accepted
+
+
+def test_an_empty_file_means_the_defaults() -> None:
+    assert load(b"", "duende.toml") == Config()
+
+
+def test_the_annotated_file_changes_nothing() -> None:
+    assert load(ANNOTATED.read_bytes(), ANNOTATED.name) == Config()
+
+
+def test_the_annotated_file_shows_every_key() -> None:
+    data = tomllib.loads(ANNOTATED.read_text())
+    assert {name: set(table) for name, table in data.items()} == {
+        name: set(schema(record)) for name, record in SECTIONS.items()
+    }
+
+
+def test_the_annotated_example_of_a_device_loads_and_shows_every_matcher() -> None:
+    text = re.sub(r"^#(?=[\[\w])", "", ANNOTATED.read_text(), flags=re.MULTILINE)
+    (rule,) = a_config(text).devices
+    assert all(getattr(rule.match, matcher.name) is not None for matcher in fields(Match))
+    assert rule.policy == Policy(orphaned=OnOrphan.ALERT, orphan_grace=10.0)
+
+
+def test_every_key_reaches_its_record() -> None:
+    config = a_config("""
+        [daemon]
+        resync_interval = "1m30s"
+        command_deadline = "2s"
+        dry_run = true
+        [policy]
+        orphaned = "ignore"
+        orphan_grace = "0s"
+        setup_grace = "1d"
+        unserved = "alert"
+        recovery_deadline = "2h"
+        [http]
+        listen = "[::1]:80"
+    """)
+    assert config.daemon == DaemonConfig(resync_interval=90.0, command_deadline=2.0, dry_run=True)
+    assert config.policy == Policy(
+        orphaned=OnOrphan.IGNORE, orphan_grace=0.0, setup_grace=86400.0, recovery_deadline=7200.0
+    )
+    assert config.http.listen == Address("::1", 80)
+    assert str(config.http.listen) == "[::1]:80"
+
+
+def test_an_empty_listen_switches_http_off() -> None:
+    assert a_config('http.listen = ""').http.listen is None
+
+
+def test_a_device_table_overrides_policy_even_above_it() -> None:
+    config = a_config('[[device]]\norphan_grace = "2s"\n[policy]\nsetup_grace = "5s"\n')
+    assert config.devices[0].policy == Policy(orphan_grace=2.0, setup_grace=5.0)
+
+
+def test_two_files_that_ask_for_the_same_are_equal_wherever_their_lines_stand() -> None:
+    assert a_config('[[device]]\nmatch.ids = "1"') == a_config('\n\n[[device]]\n\nmatch = { ids = "1" }')
+
+
+def test_a_byte_order_mark_and_crlf_change_nothing() -> None:
+    text = b'\xef\xbb\xbf[daemon]\r\ndry_run = true\r\n[http]\r\nlisten = "x"\r\n'
+    assert the_problem(text)[0].startswith("duende.toml:4: http.listen: ")
+    assert load(text.replace(b'"x"', b'""'), "x").daemon.dry_run
+
+
+# --- durations
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("500ms", 0.5), ("1s", 1), ("60s", 60), ("10m", 600), ("5ms", 0.005), ("2h", 7200), ("1d", 86400), ("1m30s", 90)],
+)
+def test_a_duration_is_a_number_with_a_unit(text: str, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+
+
+@given(st.integers(0, 400 * 86_400_000))
+def test_a_duration_survives_being_written_and_read(milliseconds: int) -> None:
+    assert parse_duration(duration_text(milliseconds / 1000)) == milliseconds / 1000
+
+
+@given(st.text(max_size=12) | st.from_regex("-?[0-9]{1,4}([.][0-9])?[a-z]{0,3}", fullmatch=True))
+def test_any_text_is_a_duration_or_gets_a_hint(text: str) -> None:
+    try:
+        assert parse_duration(text) >= 0
+    except WrongValueError as error:
+        what, hint = str(error), error.hint
+        assert what.isprintable()
+        assert hint.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("value", "what", "hint"),
+    [
+        ("30", "30 has no unit", 'did you mean "30s"?'),
+        ('"30"', '"30" has no unit', 'did you mean "30s"?'),
+        ("-5", "-5 is negative", "write it as"),
+        ('"-5s"', '"-5s" is negative', "write it as"),
+        ("1.5", "1.5 is not a duration", "whole numbers"),
+        ("nan", "nan is not a duration", "whole numbers"),
+        ('"1.5s"', '"1.5s" is not a duration', "whole numbers"),
+        ('"30s1m"', '"30s1m" is not a duration', "largest unit first"),
+        ('"30 s"', '"30 s" is not a duration', "write it as"),
+        ('""', '"" is not a duration', "write it as"),
+        ('"5min"', '"5min" has the unknown unit "min"', "the units are ms, s, m, h, d"),
+        ("true", "must be a text in quotes, not true", 'write it as "30s"'),
+        ("[]", "must be a text in quotes, not an array", 'write it as "30s"'),
+        ('"999ms"', '"999ms" is not between 1s and 1d', 'the nearest is "1s"'),
+        ('"2d"', '"2d" is not between 1s and 1d', 'the nearest is "1d"'),
+    ],
+)
+def test_a_wrong_duration_is_explained(value: str, what: str, hint: str) -> None:
+    message, told = the_problem(f"[daemon]\n\nresync_interval = {value}\n")
+    assert message == f"duende.toml:3: daemon.resync_interval: {what}"
+    assert hint in told
+
+
+@pytest.mark.parametrize(
+    ("line", "bounds"),
+    [
+        ('daemon.command_deadline = "11m"', "1s and 10m"),
+        ('daemon.command_deadline = "0s"', "1s and 10m"),
+        ('policy.orphan_grace = "366d"', "0s and 365d"),
+        ('policy.setup_grace = "999999999999d"', "0s and 365d"),
+    ],
+)
+def test_every_duration_has_bounds(line: str, bounds: str) -> None:
+    assert the_problem(line)[0].endswith(f"is not between {bounds}")
+
+
+# --- other wrong values
+
+
+@pytest.mark.parametrize(
+    ("line", "what", "hint"),
+    [
+        ("daemon.dry_run = 1", "must be true or false, not 1", "without quotes"),
+        ('daemon.dry_run = "true"', 'must be true or false, not "true"', "without quotes"),
+        ('policy.orphaned = "Delete"', '"Delete" is not one of delete, alert, ignore', 'did you mean "delete"?'),
+        ('policy.orphaned = "nuke"', '"nuke" is not one of', "possible here: delete, alert, ignore"),
+        ("policy.orphaned = true", "must be a text in quotes, not true", 'write it as "delete"'),
+        ("policy.orphaned = 1979-05-27", "must be a text in quotes, not a date or time", 'write it as "delete"'),
+        ('policy.unserved = "delete"', '"delete": this version can only alert', 'write unserved = "alert"'),
+        ('policy.unserved = "recover"', '"recover": this version can only alert', 'write unserved = "alert"'),
+        ('policy.unserved = "alrt"', '"alrt" is not one of alert', 'did you mean "alert"?'),
+        ('http.listen = "off"', '"off" is not ADDRESS:PORT', 'did you mean listen = ""?'),
+        ('http.listen = "10116"', "is not ADDRESS:PORT", 'did you mean "127.0.0.1:10116"?'),
+        ('http.listen = ":80"', "is not ADDRESS:PORT", 'did you mean "127.0.0.1:80"?'),
+        ('http.listen = "localhost:80"', "is not ADDRESS:PORT", 'did you mean "127.0.0.1:80"?'),
+        ('http.listen = "::1:80"', "is not ADDRESS:PORT", 'did you mean "[::1]:80"?'),
+        ('http.listen = "[127.0.0.1]:80"', "is not ADDRESS:PORT", 'did you mean "127.0.0.1:80"?'),
+        ('http.listen = "127.0.0.300:80"', '"127.0.0.300" is no IP address', '"[::1]:10116"'),
+        ('http.listen = "127.0.0.1:99999"', "port 99999 is not between", 'did you mean "127.0.0.1:10116"?'),
+        ('http.listen = "127.0.0.1:0"', "port 0 is not between", 'did you mean "127.0.0.1:10116"?'),
+        ("http.listen = 10116", "must be a text in quotes, not 10116", '"127.0.0.1:10116"'),
+        ("device = [{ match = { ids = 3 } }]", "must be a text in quotes, not 3", 'write it as "3"'),
+        ("device = [{ match = { ids = true } }]", "must be a text in quotes, not true", 'write it as "3"'),
+        ('device = [{ match = { ids = "" } }]', '"" is not a device number', '"0-15,20"'),
+        ('device = [{ match = { ids = "1,,2" } }]', '"" is not a device number', '"0-15,20"'),
+        ('device = [{ match = { ids = "15-0" } }]', '"15-0" is an empty range', 'did you mean "0-15"?'),
+        ('device = [{ match = { ids = "0-1048576" } }]', "1048576 is no device number", "1048575"),
+        ('device = [{ match = { server = "/usr/bin/ublk" } }]', "is not the name of a program", '"ublk"?'),
+        ('device = [{ match = { server = "" } }]', "is not the name of a program", "my-server-*"),
+        ('device = [{ match = { unit = "swap" } }]', "is not the full name of a unit", '"swap.service"?'),
+        ('device = [{ match = { unit = "" } }]', "is not the full name of a unit", "swap-*.service"),
+        ('device = [{ match = { owner_uid = "root" } }]', 'must be a user\'s number, not "root"', "id -u"),
+        ("device = [{ match = { owner_uid = true } }]", "must be a user's number, not true", "id -u"),
+        ("device = [{ match = { owner_uid = -1 } }]", "-1 is no user's number", "id -u"),
+        ("device = [{ match = { owner_uid = 4294967295 } }]", "4294967295 is no user's number", "id -u"),
+        (f"device = [{{ match = {{ owner_uid = 0x{'f' * 9000} }} }}]", "a number of that size is no user", "id -u"),
+    ],
+)
+def test_a_wrong_value_is_explained(line: str, what: str, hint: str) -> None:
+    message, told = the_problem("# two lines\n\n" + line)
+    assert message.startswith("duende.toml:3: ")
+    assert what in message
+    assert hint in told
+
+
+# --- unknown names, and what this version does not do yet
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("[daemon]\nresync_intervall = 1", "2: daemon.resync_intervall: unknown key", '"resync_interval"?'),
+        ("[daemon]\nDry-Run = true", "2: daemon.Dry-Run: unknown key", '"dry_run"?'),
+        ("[daemon]\nqqq = 1", "2: daemon.qqq: unknown key", "resync_interval, command_deadline, dry_run"),
+        ("\n[polcy]", "2: polcy: unknown section or key", 'did you mean "policy"?'),
+        ("[[devices]]", "1: devices: unknown section or key", 'did you mean "device"?'),
+        ("dry_run = true", "1: dry_run: unknown section or key", "it belongs to [daemon]"),
+        ("[daemon]\norphan_grace = '1s'", "2: daemon.orphan_grace: unknown key", "belongs to [policy] or [[device]]"),
+        ("[[device]]\n\nids = '1'", "3: device[0].ids: unknown key", "it belongs to match = {"),
+        ("[[device]]\n[device.match]\nsrver = 'x'", "3: device[0].match.srver: unknown key", '"server"?'),
+        ("[[alert]]\nsink = 'mail'", "1: alert: this version writes alerts to the log only", "remove [[alert]]"),
+        ("[[device]]\nrecover = {}", "2: device[0].recover: this version cannot run a recovery", "remove"),
+        ("[policy]\nrecover = {}", "2: policy.recover: this version cannot run a recovery", "remove"),
+        ("daemon = 3", "1: daemon: must be one table, not 3", "write [daemon]"),
+        ("[[policy]]", "1: policy: must be one table, not an array", "write [policy]"),
+        ("[device]\norphaned = 'alert'", "1: device: must be tables of the form [[device]]", "write [[device]]"),
+        ("device = [1]", "1: device: must be tables of the form [[device]]", "write [[device]]"),
+        ("[[device]]\nmatch = 'x'", '2: device[0].match: must be one table, not "x"', "{ ids ="),
+    ],
+)
+def test_a_wrong_name_is_explained(text: str, message: str, hint: str) -> None:
+    told = the_problem(text)
+    assert told[0].startswith(f"duende.toml:{message}")
+    assert hint in told[1]
+
+
+def test_a_table_behind_one_that_matches_everything_is_an_error() -> None:
+    message, hint = the_problem('[[device]]\norphaned = "alert"\n\n[[device]]\nmatch.ids = "1"\n')
+    assert message == "duende.toml:4: device[1]: never reached: device[0] (duende.toml:1) matches every device"
+    assert "to the end" in hint
+
+
+def test_all_mistakes_are_told_at_once_in_the_order_of_their_lines() -> None:
+    text = """\
+[http]
+listen = 1
+[daemon]
+dry_run = 0
+[[device]]
+match = { ids = "3-1", owner_uid = "me" }
+[[device]]
+orphaned = "x"
+unknwon = 1
+"""
+    with pytest.raises(ConfigError) as caught:
+        a_config(text)
+    assert [problem.line for problem in problems_of(text)] == [2, 4, 6, 6, 8, 9]
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 6
+    assert lines[1] == (
+        "duende.toml:4: daemon.dry_run: must be true or false, not 0; write true or false, without quotes"
+    )
+    assert caught.value.hint == "correct these 6 places, then type: duende-ublkd check-config duende.toml"
+
+
+def test_one_mistake_is_its_own_sentence_and_hint() -> None:
+    with pytest.raises(ConfigError) as caught:
+        a_config("daemon.dry_run = 0")
+    assert str(caught.value) == "duende.toml:1: daemon.dry_run: must be true or false, not 0"
+    assert caught.value.hint == "write true or false, without quotes"
+
+
+# --- files that are no configuration
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        (b"[daemon]\nresync_interval = 30s\n", "f:2: Expected newline", "resync_interval = 30s -- texts and durations"),
+        (b"[daemon]\ndry_run = true\ndry_run = true", "f:3: Cannot overwrite a value", "the line is: dry_run = true"),
+        (b"[daemon]\n\ndry_run", "f:3: Expected '='", "the line is: dry_run"),
+        (b"[daemon]\na\x00b = 1", "f:2: Expected '='", r"the line is: a\x00b"),
+        (b"[daemon]\n\na = '\xff'", "f:3: not UTF-8: byte 0xff at offset 15", "save the file as UTF-8"),
+        (b"\xff\xfe[\x00d\x00", "f:1: not UTF-8: byte 0xff at offset 0", "save the file as UTF-8"),
+        (b"a = " + b"9" * 5000, "f: holds a number of thousands", "remove it"),
+        (b"a = " + b"[" * 5000, "f: is nested too deeply", "brackets"),
+        (b"#" * (MAX_BYTES + 1), "f: larger than 64 KiB", "--config"),
+    ],
+)
+def test_a_file_that_is_no_toml_is_explained(text: bytes, message: str, hint: str) -> None:
+    told = the_problem(text, "f")
+    assert told[0].startswith(message)
+    assert hint in told[1]
+
+
+@pytest.mark.parametrize(
+    ("number", "message", "hint"),
+    [
+        (errno.ENOENT, "/etc/d.toml: no such file", "share/duende-ublkd/duende-ublkd.toml"),
+        (errno.EACCES, "/etc/d.toml: may not be read by this user", "run as root"),
+        (errno.EISDIR, "/etc/d.toml: is a directory", "--config /etc/d.toml/config.toml"),
+        (errno.EIO, "/etc/d.toml: cannot be read: because", "ls -l /etc/d.toml"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_explained(number: int, message: str, hint: str) -> None:
+    error = unreadable("/etc/d.toml", OSError(number, "because"))
+    assert str(error) == message
+    assert hint in error.hint
+    assert error.exit_code is ExitCode.USAGE
+
+
+def test_hostile_names_and_values_reach_no_terminal() -> None:
+    text = (
+        '[daemon]\n"\\u001b[2J" = 1\n[policy]\norphaned = "\\u001b]0;\\u202e\\n"\n[http]\nlisten = "' + "x" * 999 + '"'
+    )
+    with pytest.raises(ConfigError) as caught:
+        load(text.encode(), "evil\x1b\n\udcff")
+    for line in [*str(caught.value).split("\n"), caught.value.hint]:
+        assert line.isprintable()
+        assert len(line) < 500
+    assert str(caught.value).count("\n") == 2
+
+
+# --- which policy a device gets
+
+
+def rules(*tables: str, policy: str = "") -> Config:
+    return a_config(f"[policy]\n{policy}\n" + "".join(f"[[device]]\n{table}\n" for table in tables))
+
+
+def test_the_first_table_that_matches_gives_the_policy_and_its_line() -> None:
+    config = rules('match.ids = "0-2,7"\norphaned="ignore"', 'match.ids = "2-5"\norphaned="alert"')
+    chosen = config.policy_for(facts(2))
+    assert chosen.policy.orphaned is OnOrphan.IGNORE
+    assert chosen.source == "device[0] (duende.toml:3)"
+    assert chosen.reason == "first match, by ids"
+    assert config.policy_for(facts(5)).source == "device[1] (duende.toml:6)"
+    assert config.policy_for(facts(7)).source == "device[0] (duende.toml:3)"
+
+
+def test_what_no_table_matches_gets_the_policy_section() -> None:
+    chosen = rules('match.ids = "1"').policy_for(facts(2))
+    assert (chosen.source, chosen.reason) == ("policy (duende.toml:1)", "no [[device]] matches")
+    assert Config().policy_for(facts()).source == "policy (built-in defaults)"
+    assert Config().policy_for(facts()).reason == "there is no [[device]]"
+
+
+def test_a_table_without_matchers_matches_every_device() -> None:
+    for table in ("", "match = {}"):
+        chosen = rules(table).policy_for(DeviceFacts(9))
+        assert chosen.source.startswith("device[0]")
+        assert chosen.reason == "matches every device"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "changes", "matched"),
+    [
+        ("ublk", {}, True),
+        ("ubl[jk]", {}, True),
+        ("UBLK", {}, False),
+        ("ublk.loop", {"comm": "ublk.loop"}, True),
+        ("ublk", {"comm": "worker-1"}, True),
+        ("ublk", {"comm": "worker-1", "exe": "/opt/ublk (deleted)"}, True),
+        ("bin", {}, False),
+        ("ublk", {"exe": None}, True),
+        ("other", {"exe": None}, None),
+        ("other", {"exe": ""}, None),
+        ("other", {"comm": None}, None),
+        ("ublk", {"server_known": False}, None),
+        ("my-very-long-name", {"comm": "my-very-long-na", "exe": "/usr/bin/python3"}, None),
+        ("my-*-name-of-old", {"comm": "my-very-long-na", "exe": "/usr/bin/python3"}, None),
+        ("my-very-long-na", {"comm": "my-very-long-na", "exe": "/usr/bin/python3"}, True),
+        ("your-server", {"comm": "my-very-long-na", "exe": "/usr/bin/python3"}, False),
+        ("my-very-long-name", {"comm": "my-very-long", "exe": "/usr/bin/python3"}, False),
+    ],
+)
+def test_a_server_is_matched_by_process_or_program(pattern: str, changes: dict[str, Any], *, matched: bool) -> None:
+    assert Match(server=pattern).answers(facts(**changes)) == {"server": matched}
+
+
+@pytest.mark.parametrize(
+    ("unit", "known", "matched"),
+    [
+        ("swap-a.service", True, True),
+        ("db.service", True, False),
+        ("", True, None),
+        (None, True, None),
+        ("swap-a.service", False, None),
+    ],
+)
+def test_a_unit_is_matched_by_its_whole_name(unit: str | None, *, known: bool, matched: bool | None) -> None:
+    assert Match(unit="swap-*.service").answers(facts(unit=unit, server_known=known)) == {"unit": matched}
+
+
+def test_an_owner_is_matched_by_number() -> None:
+    said = [Match(owner_uid=0).answers(facts(owner_uid=uid))["owner_uid"] for uid in (0, 5, None)]
+    assert said == [True, False, None]
+
+
+def test_every_matcher_of_a_table_has_to_agree() -> None:
+    config = rules('match = { ids = "3", server = "ublk", owner_uid = 7 }\norphaned = "alert"')
+    assert config.policy_for(facts(3, owner_uid=7)).reason == "first match, by ids, server, owner_uid"
+    assert config.policy_for(facts(3)).source.startswith("policy")
+    assert config.policy_for(DeviceFacts(4)).source.startswith("policy"), "ruled out by what is known"
+
+
+def test_a_device_that_may_be_protected_is_not_deleted() -> None:
+    """The daemon started after the death: nobody knows the server's name, and the default is to delete."""
+    config = rules('match.server = "precious"\norphaned = "alert"\nsetup_grace = "5m"', policy='orphan_grace = "1s"')
+    chosen = config.policy_for(DeviceFacts(3))
+    assert chosen.policy == Policy(orphaned=OnOrphan.ALERT, orphan_grace=1.0, setup_grace=300.0)
+    assert chosen.source == "device[0] (duende.toml:3) or policy (duende.toml:1)"
+    assert chosen.reason == (
+        "cannot tell whether device[0] (duende.toml:3) applies (not known: server), "
+        "so each setting is the more careful one"
+    )
+
+
+def test_a_device_that_is_only_maybe_for_deletion_is_not_deleted() -> None:
+    config = rules('match.server = "scratch"\norphaned = "delete"', policy='orphaned = "alert"')
+    assert config.policy_for(DeviceFacts(3)).policy.orphaned is OnOrphan.ALERT
+    assert config.policy_for(facts(comm="scratch")).policy.orphaned is OnOrphan.DELETE
+
+
+def test_where_tables_differ_somebody_is_told() -> None:
+    config = rules('match.server = "x"\norphaned = "ignore"')
+    assert config.policy_for(DeviceFacts(3)).policy.orphaned is OnOrphan.ALERT
+
+
+def test_a_doubt_about_a_table_behind_the_first_match_does_not_matter() -> None:
+    config = rules('match.ids = "3"', 'match.server = "x"\norphaned = "alert"')
+    assert config.policy_for(DeviceFacts(3)).policy.orphaned is OnOrphan.DELETE
+
+
+NAMES = st.sampled_from(["ublk", "nbd", "my-very-long-na", "my-very-long-name", "my-*", "*"])
+MATCHES = st.builds(
+    Match,
+    ids=st.none() | st.just((range(2),)),
+    server=st.none() | NAMES,
+    unit=st.none() | st.sampled_from(["a.service", "*.scope"]),
+    owner_uid=st.none() | st.integers(0, 1),
+)
+POLICIES = st.builds(
+    Policy,
+    orphaned=st.sampled_from(OnOrphan),
+    orphan_grace=st.integers(0, 9).map(float),
+    setup_grace=st.integers(0, 9).map(float),
+    recovery_deadline=st.integers(0, 9).map(float),
+)
+CONFIGS = st.builds(
+    Config, policy=POLICIES, devices=st.lists(st.builds(DeviceRule, MATCHES, POLICIES), max_size=4).map(tuple)
+)
+WHOLE_FACTS = st.builds(
+    DeviceFacts,
+    dev_id=st.integers(0, 3),
+    comm=st.sampled_from(["ublk", "nbd", "my-very-long-name"]),
+    exe=st.sampled_from(["/bin/ublk", "/bin/python3"]),
+    unit=st.sampled_from(["c.service", "a.service", "b.scope"]),
+    owner_uid=st.integers(0, 2),
+    server_known=st.just(True),
+)
+
+
+@settings(deadline=None)  # a busy machine is no mistake
+@given(CONFIGS, WHOLE_FACTS, st.sets(st.sampled_from(["comm", "exe", "unit", "owner_uid", "server", "end of comm"])))
+def test_a_missing_fact_never_makes_a_policy_less_careful(config: Config, whole: DeviceFacts, lost: set[str]) -> None:
+    hidden: dict[str, Any] = dict.fromkeys(lost - {"server", "end of comm"})
+    if "server" in lost:
+        hidden["server_known"] = False
+    if "end of comm" in lost and "comm" not in lost:
+        hidden["comm"] = str(whole.comm)[:15]
+    with_less, with_all = config.policy_for(replace(whole, **hidden)).policy, config.policy_for(whole).policy
+    if with_less.orphaned is OnOrphan.DELETE:
+        assert with_all.orphaned is OnOrphan.DELETE
+    assert with_less.orphan_grace >= with_all.orphan_grace
+    assert with_less.setup_grace >= with_all.setup_grace
+    assert with_less.recovery_deadline >= with_all.recovery_deadline
+
+
+@settings(deadline=None)
+@given(st.text(), st.text(), st.text())
+def test_no_name_of_a_server_breaks_the_choice(comm: str, exe: str, unit: str) -> None:
+    config = rules('match = { server = "[a-*" }', 'match = { server = "*b*", unit = "*.c" }')
+    assert config.policy_for(facts(comm=comm, exe=exe, unit=unit)).reason
+    assert config.policy_for(facts(comm=comm + "\udcff", exe=None)).reason
+
+
+# --- lines
+
+
+def test_a_line_is_found_through_every_way_to_write_a_key() -> None:
+    text = '''\
+daemon.dry_run = true # comment = "no key"
+[policy] # [nor here]
+"orphaned" = "delete"
+'orphan_grace' = """
+setup_grace = 1
+[http]
+"""
+    "setup\\u005fgrace"   =   "1s"
+numbers = [ 1, [ 2,
+  { deep = 1 } ] ]
+[[device]]
+match.ids = "1"
+match . server = \'\'\'=\'\'\'
+[[ device ]]
+match = { ids = "a=b,}", x = [ { y = 1 }, 2 ], unit = "#" }
+[device.match.sub]
+key = 1979-05-27 07:32:00
+[[device.extra]]
+[[device.extra]]
+key = 1.5e3
+[http]
+listen = ""
+'''
+    lines = key_lines(text)
+    assert {".".join(map(str, path)): line for path, line in lines.items()} == {
+        "daemon": 1,
+        "daemon.dry_run": 1,
+        "policy": 2,
+        "policy.orphaned": 3,
+        "policy.orphan_grace": 4,
+        "policy.setup_grace": 8,
+        "policy.numbers": 9,
+        "policy.numbers.0": 9,
+        "policy.numbers.1": 9,
+        "policy.numbers.1.0": 9,
+        "policy.numbers.1.1": 10,
+        "policy.numbers.1.1.deep": 10,
+        "device": 11,
+        "device.0": 11,
+        "device.0.match": 12,
+        "device.0.match.ids": 12,
+        "device.0.match.server": 13,
+        "device.1": 14,
+        "device.1.match": 15,
+        "device.1.match.ids": 15,
+        "device.1.match.x": 15,
+        "device.1.match.x.0": 15,
+        "device.1.match.x.0.y": 15,
+        "device.1.match.x.1": 15,
+        "device.1.match.unit": 15,
+        "device.1.match.sub": 16,
+        "device.1.match.sub.key": 17,
+        "device.1.extra": 18,
+        "device.1.extra.0": 18,
+        "device.1.extra.1": 19,
+        "device.1.extra.1.key": 20,
+        "http": 21,
+        "http.listen": 22,
+    }
+
+
+FILLERS = [
+    "1",
+    "'='",
+    '"]"',
+    "[\n 1,\n { a = '}' } ]",
+    '"""\n[x]\nk0 = 1\n""""',
+    "'''\n\\'''",
+    "{ b = [ 1 ] }",
+    '"\\""',
+]
+LAYOUTS = ["{key} = {value}", "'{key}'={value}", '  "{key}" = {value} # k1 = 2', "\n#\n{key}.sub = {value}"]
+LAYOUT = st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(FILLERS))
+TABLE = st.tuples(st.sampled_from(["[daemon{n}]", "[[device]]", "[ 'other{n}' ]"]), st.lists(LAYOUT, max_size=4))
+
+
+@settings(deadline=None)
+@given(st.lists(TABLE, max_size=5), st.sampled_from(["\n", "\r\n", "\n\n"]))
+def test_the_line_of_every_problem_holds_its_key(tables: list[tuple[str, list[tuple[str, str]]]], newline: str) -> None:
+    """Every key is unknown, and unlike every other, so each problem has one right line."""
+    text, total = "", 0
+    for n, (header, pairs) in enumerate(tables):
+        text += header.format(n=n) + newline
+        for layout, value in pairs:
+            total += 1
+            text += layout.format(key=f"unknown{total}", value=value) + newline
+    lines = text.split("\n")
+    found = 0
+    try:
+        load(text.encode(), "f")
+    except InvalidConfigError as error:
+        for problem in error.problems:
+            assert problem.key.rpartition(".")[2].partition("[")[0] in lines[problem.line - 1]
+        found = len(error.problems)
+        lines_of = key_lines(text.replace("\r\n", "\n"))
+        unknown = [(path[-1], line) for path, line in lines_of.items() if str(path[-1]).startswith("unknown")]
+        assert all(str(key) in lines[line - 1] for key, line in unknown)
+        assert len(unknown) == total
+    assert found or not tables or all(header == "[[device]]" and not pairs for header, pairs in tables)
+
+
+# --- nothing but ConfigError
+
+ALL_KEYS = b"""[daemon]
+resync_interval = "30s"
+dry_run = false
+[policy]
+orphaned = 'delete'
+[[device]]
+match = { ids = "0-15,20", server = "ublk.loop", unit = "swap-*.service", owner_uid = 0 }
+orphan_grace = "10s"
+[[device]]
+unserved = "alert"
+[http]
+listen = "[::1]:10116"
+"""
+PIECES = [
+    *(bytes([sign]) for sign in b"[]{}=.,\"'#\n\r\x00\\-_09a \t\xef"),
+    b'"""',
+    b"'''",
+    b"\xef\xbb\xbf",
+    b"[[",
+    b"1e9",
+]
+CHANGE = st.tuples(st.integers(0, len(ALL_KEYS)), st.integers(0, 9), st.sampled_from(PIECES))
+
+
+def loads_or_explains(text: bytes) -> None:
+    try:
+        load(text, "f")
+    except InvalidConfigError as error:
+        told = [error.hint, *str(error).split("\n")]
+        told += [problem.hint for problem in error.problems]
+        assert all(line and line.isprintable() for line in told)
+
+
+@given(st.binary())
+@settings(deadline=None)
+@example(b"[" * 9000)
+@example(b"a = " + b"[" * 300 + b"]" * 300)
+@example(b"a = " + b"{ a = " * 100 + b"1" + b"}" * 100)
+@example(b"a = 0x" + b"f" * 9000)
+@example(b".".join([b"a"] * 500) + b" = 1")
+def test_any_bytes_load_or_are_explained(text: bytes) -> None:
+    loads_or_explains(text)
+
+
+@given(st.lists(CHANGE, min_size=1, max_size=4))
+@settings(max_examples=300, deadline=None)
+def test_any_change_to_a_real_file_loads_or_is_explained(changes: list[tuple[int, int, bytes]]) -> None:
+    text = ALL_KEYS
+    for at, drop, piece in changes:
+        text = text[:at] + piece + text[at + drop :]
+    loads_or_explains(text)
+
+
+@given(st.text(alphabet="[]{}=.,\"'#\n\\ab1 ", max_size=60))
+@settings(max_examples=300, deadline=None)
+def test_lines_are_looked_for_in_any_text_without_an_end_or_an_error(text: str) -> None:
+    assert all(line >= 1 for line in key_lines(text).values())
+
+
+def test_a_file_full_of_quotes_and_brackets_is_read_in_no_time() -> None:
+    for piece in (b'"', b"'", b'"""', b"'''", b"\\", b"[", b"{", b"a.", b"[[a]]\n", b"[a"):
+        loads_or_explains(piece * 8000)
