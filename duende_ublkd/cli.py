@@ -38,7 +38,7 @@ command says what it left."""
 SHORT_WAIT = 2.0
 """Seconds of grace that a one-shot command sits out; a longer one is a device's own business, and is reported."""
 
-_DEVICE = re.compile(r"(?:/dev/)?(?:ublk[bc]?)?(\d{1,7})")
+_DEVICE = re.compile(r"(?:/dev/)?(?:ublk[bc]?)?([0-9]{1,7})")
 _LEFT_OVER = {
     VerdictKind.ORPHANED,
     VerdictKind.PINNED,
@@ -61,6 +61,8 @@ def run(arguments: Sequence[str]) -> ExitCode:
     command = options.command
     if command == "check-config":
         return _check_config(options)
+    if command == "clean" and options.now and not options.ids:
+        raise UsageError("--now takes the ids that are your own", hint="duende-ublkd clean --now 3")
     config = read_config(options.config)
     if getattr(options, "dry_run", False):
         config = replace(config, daemon=replace(config.daemon, dry_run=True))
@@ -157,7 +159,7 @@ async def _settle(parts: Parts, dev_ids: set[int] | None, *, act: bool) -> None:
     while True:
         report = await reconciler.run_pass(wanted, act=act, thorough=True)
         if report.trouble:
-            raise KernelUnavailableError(report.trouble, hint="dmesg | tail")
+            raise KernelUnavailableError(report.trouble, hint=report.hint)
         await reconciler.finish_deeds()
         waits = [_wait_for(device) for device in reconciler.devices.values()]
         moving = {device.seen.dev_id for device in reconciler.devices.values() if _wait_for(device) is not None}
@@ -232,8 +234,6 @@ def _deed_line(deed: Deed, reason: str) -> str:
 
 
 async def _clean(config: Config, options: argparse.Namespace) -> ExitCode:
-    if options.now and not options.ids:
-        raise UsageError("--now takes the ids that are your own", hint="duende-ublkd clean --now 3")
     report = _CleanReport(quiet=options.json)
     parts = Parts(config, (report,), without_grace=tuple(options.ids) if options.now else ())
     try:

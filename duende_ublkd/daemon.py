@@ -84,7 +84,7 @@ class Daemon:
     async def _look_until_stopped(self) -> None:
         first = await self._parts.reconciler.run_pass(None)
         if first.trouble:
-            raise KernelUnavailableError(first.trouble, hint="see: duende-ublkd list")
+            raise KernelUnavailableError(first.trouble, hint=first.hint)
         self._ready = True
         self._agenda.later(None, self._config.daemon.resync_interval)
         log.info("duende-ublkd %s looks after %d devices", __version__, len(self.devices))

@@ -30,7 +30,7 @@ from duende_ublkd.core.ledger import Ledger
 from duende_ublkd.core.model import Action, Deed, Judged, Outcome, PassReport
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from contextlib import AbstractContextManager
 
     from duende_ublkd.core.config import Config, Policy
@@ -139,9 +139,17 @@ class Reconciler:
     """Brings what is there to what should be there, one pass at a time."""
 
     def __init__(
-        self, kernel: Kernel, config: Config, reporter: Reporter, agenda: Agenda, *, without_grace: Collection[int] = ()
+        self,
+        kernel: Kernel,
+        config: Config,
+        reporter: Reporter,
+        agenda: Agenda,
+        *,
+        without_grace: Collection[int] = (),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`without_grace`: ids whose owner vouches for them (`clean --now`)."""
+        """`without_grace`: ids whose owner vouches for them (`clean --now`). `clock`: that of the observations."""
+        self._clock = clock
         self.config = config
         self.ledger = Ledger()
         self.devices: dict[int, Judged] = {}
@@ -153,13 +161,21 @@ class Reconciler:
 
     async def run_pass(self, dev_ids: set[int] | None, *, act: bool = True, thorough: bool = False) -> PassReport:
         """Look at some or all ids and judge them. `act` False only looks; `thorough` asks for users of every device."""
-        began = time.monotonic()
+        began = self._clock()
         wanted = None if dev_ids is None else dev_ids - self._deeds.keys()
         try:
             seen = await self._observe(wanted, thorough=thorough)
         except KernelUnavailableError as error:
+            gone = self._notice_gone(None, set()) if error.no_driver else []
+            took = self._clock() - began
             report = PassReport(
-                began, time.monotonic() - began, dev_ids is None, devices=self.devices, trouble=str(error)
+                began,
+                took,
+                dev_ids is None,
+                gone=tuple(gone),
+                devices=self.devices,
+                trouble=str(error),
+                hint=error.hint,
             )
             self._reporter.passed(report)
             return report
@@ -168,7 +184,7 @@ class Reconciler:
         self.devices = dict(sorted(self.devices.items()))
         dry_run = self.config.daemon.dry_run
         deeds = [_would_delete(device) for device in changed if dry_run and device.verdict.action is Action.DELETE]
-        took = time.monotonic() - began
+        took = self._clock() - began
         report = PassReport(began, took, dev_ids is None, tuple(changed), tuple(gone), tuple(deeds), self.devices)
         self._reporter.passed(report)
         for each in seen:
@@ -233,7 +249,7 @@ class Reconciler:
 
     async def _carry_out(self, device: Judged) -> None:
         """One deletion from the announcement to the report; every failure ends here, as a deed with its reason."""
-        began = time.monotonic()
+        began = self._clock()
         dev_id = device.seen.dev_id
         history = self.ledger.get(dev_id)
         self._reporter.intends(device)
@@ -242,12 +258,12 @@ class Reconciler:
         try:
             outcome, detail = await self._delete(device)
         except CommandOverdueError as error:
-            self.ledger.note_overdue(dev_id, error.command, time.monotonic())
+            self.ledger.note_overdue(dev_id, error.command, self._clock())
             detail = str(error)
         except (CommandError, KernelUnavailableError, OSError) as error:
             detail = str(error)
-            self.ledger.note_failure(dev_id, detail, time.monotonic())
-        ended = time.monotonic()
+            self.ledger.note_failure(dev_id, detail, self._clock())
+        ended = self._clock()
         died = history.death_seen if history else None
         reaction = ended - died if outcome is Outcome.DELETED and died is not None else None
         gone: tuple[Judged, ...] = ()
@@ -270,7 +286,7 @@ class Reconciler:
                 assert again.info is not None  # noqa: S101 - decide() never deletes what gave no answer
                 await claim.delete(again.info)
         except BusyError:
-            self.ledger.note_open(device.seen.dev_id, time.monotonic())
+            self.ledger.note_open(device.seen.dev_id, self._clock())
             return Outcome.SPARED, "somebody has opened its char device"
         except NoSuchDeviceError:
             return Outcome.ALREADY_GONE, "somebody else deleted it"
@@ -289,9 +305,9 @@ class Reconciler:
 
     async def _confirm(self, dev_id: int) -> tuple[Outcome, str]:
         """Wait for the id to become free; nothing but asking tells (freeing an id emits no event)."""
-        pause, until = _FIRST_CONFIRM, time.monotonic() + CONFIRM_FOR
+        pause, until = _FIRST_CONFIRM, self._clock() + CONFIRM_FOR
         while await self._kernel.is_taken(dev_id):
-            if time.monotonic() > until:
+            if self._clock() > until:
                 return Outcome.DELETED_STILL_HELD, "its id frees itself when the last holder lets go"
             await asyncio.sleep(pause)
             pause *= 2

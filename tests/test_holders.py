@@ -228,11 +228,8 @@ def test_copies_of_a_mount_in_many_namespaces_are_one_holder_and_the_first_proce
 
 def test_a_namespace_shared_by_many_is_read_once(machine: Machine) -> None:
     for pid in range(50, 60):
-        (machine.process(pid, ns=OTHER_NS) / "mountinfo").unlink()
-    (machine.proc / "50" / "mountinfo").write_bytes(b"40 22 259:0 / /srv rw - ext4 /dev/ublkb3 rw\n")
-    usage = machine.look()
-    assert usage.complete
-    assert len(usage.holders) == 1
+        machine.process(pid, ns=OTHER_NS, mounts=b"40 22 259:0 / /srv/%d rw - ext4 /dev/ublkb3 rw\n" % pid)
+    assert what(machine.look()) == ["mount /srv/50 (ext4), mount namespace of pid 50"]
 
 
 def test_a_namespace_that_no_process_is_in_makes_the_look_incomplete(machine: Machine) -> None:
@@ -250,6 +247,8 @@ def test_a_file_system_that_no_mount_table_shows_is_still_a_holder(machine: Mach
     (machine.sys / "fs" / "btrfs" / "6c9a-uuid" / "devices" / "ublkb4").mkdir(parents=True)
     assert what(machine.look()) == ["mount ext4 on ublkb3p1, in no mount table that can be seen"]
     assert what(machine.look(Target(4))) == ["mount btrfs on ublkb4, in no mount table that can be seen"]
+    machine.process(90, ns=OTHER_NS, mounts=b"40 22 259:1 / /srv rw - ext4 /dev/ublkb3p1 rw\n")
+    assert what(machine.look()) == ["mount /srv (ext4), mount namespace of pid 90"]
 
 
 def test_more_holders_than_a_person_reads_are_counted(machine: Machine) -> None:
@@ -267,10 +266,12 @@ def test_swap_on_a_disk_is_found_before_and_after_the_disk_has_gone(machine: Mac
     machine.set_swaps(
         b"/dev/ublkb3\\040(deleted)                 partition\t1048572\t\t0\t\t-2",
         b"/dev/ublkb4p1                           partition\t1048572\t\t0\t\t-3",
+        b"/dev/\x1b\\012/ublkb5                      partition\t1048572\t\t0\t\t-3",
         b"/swapfile                               file\t\t1048572\t\t0\t\t-4",
     )
     assert what(machine.look()) == ["swap /dev/ublkb3 (deleted)"]
     assert what(machine.look(Target(4))) == ["swap /dev/ublkb4p1"]
+    assert what(machine.look(Target(5))) == ["swap /dev/\\x1b\\n/ublkb5"]
 
 
 def test_devices_on_top_are_named(machine: Machine) -> None:

@@ -39,9 +39,13 @@ class ConfigError(UsageError):
 
 
 class KernelUnavailableError(DuendeError):
-    """ublk's control device or io_uring is missing or not permitted here."""
+    """ublk's control device or io_uring is missing or not permitted here. `no_driver`: so no device can be there."""
 
     exit_code = ExitCode.NO_KERNEL
+
+    def __init__(self, message: str, *, hint: str = "", no_driver: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.no_driver = no_driver
 
 
 class CommandError(DuendeError):

@@ -238,3 +238,4 @@ class PassReport:
     deeds: tuple[Deed, ...] = ()
     devices: dict[int, Judged] = field(default_factory=dict)
     trouble: str = ""  # why the control device could not be asked at all
+    hint: str = ""  # what to type then

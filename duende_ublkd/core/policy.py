@@ -54,6 +54,8 @@ def decide(seen: Observation, past: History, policy: Policy, traits: Traits, now
             look_again_in=5.0,
         )
     if seen.info is None:
+        if not seen.trouble and seen.identity.sysfs_inode is None:
+            return _deleted(seen, past, now)
         return Verdict(VerdictKind.UNKNOWN, seen.trouble or "GET_DEV_INFO gave no answer", Action.ALERT, 5.0)
     if seen.info.state == KernelState.LIVE:
         return _live(seen, past, now)
@@ -196,8 +198,7 @@ def _held(seen: Observation, past: History, policy: Policy, *, waits_for_ever: b
         reason = f"{_corpse(past)}; its id stays taken until {_list(seen.usage.holders)} lets go"
         if waits_for_ever:
             return Verdict(VerdictKind.PINNED, f"{reason}; then it can be deleted", Action.ALERT, look_again_in=5.0)
-        action = Action.DELETE if policy.orphaned is OnOrphan.DELETE else Action.ALERT
-        return Verdict(VerdictKind.PINNED, reason, action)
+        return Verdict(VerdictKind.PINNED, reason, _ON_ORPHAN[policy.orphaned])
     if waits_for_ever and not (seen.usage and seen.usage.complete):
         reason = "DEAD; this kernel's DEL_DEV would block every other one if a holder had been overlooked"
         return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0)

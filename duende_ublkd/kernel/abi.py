@@ -201,7 +201,8 @@ _SPECIAL = {
     (Command.START_DEV, errno.EEXIST): "it is LIVE, or was started once already",
     (Command.START_DEV, errno.EBUSY): "it is being stopped",
     (Command.START_DEV, errno.EINVAL): "no parameters set, or not asked by the process that opened its char device",
-    (Command.START_USER_RECOVERY, errno.EINVAL): "the device was added without UBLK_F_USER_RECOVERY",
+    # Up to 6.14 also for a device that never started, and for the second call in a row.
+    (Command.START_USER_RECOVERY, errno.EINVAL): "the device is not recoverable, or none of its queues was ever served",
     (Command.START_USER_RECOVERY, errno.EBUSY): "it is not QUIESCED or FAIL_IO, or its char device is open",
     (Command.TRY_STOP_DEV, errno.EBUSY): "its disk is in use",
     (Command.TRY_STOP_DEV, errno.ENODEV): "no such device, or it has no disk",

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from duende_ublkd.core.model import DevInfo
     from duende_ublkd.kernel.ring import Ring
 
+_NO_DRIVER = (errno.ENOENT, errno.ENXIO, errno.ENODEV)
 DEADLINE = 10.0  # seconds, unless configured
 
 
@@ -244,7 +245,8 @@ def open_control_device(path: str = abi.CONTROL_DEVICE) -> int:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         message, hint = _why_no_control_device(path, error.errno or 0)
-        raise KernelUnavailableError(message, hint=hint) from error
+        missing = error.errno in _NO_DRIVER
+        raise KernelUnavailableError(message, hint=hint, no_driver=missing) from error
 
 
 def _why_no_control_device(path: str, number: int) -> tuple[str, str]:
@@ -252,7 +254,7 @@ def _why_no_control_device(path: str, number: int) -> tuple[str, str]:
         if os.geteuid() != 0:
             return f"{path} may be opened by root only", "run it as root: sudo duende-ublkd ..."
         return f"{path} may not be opened here", "give the service DeviceAllow=/dev/ublk-control rw and CAP_SYS_ADMIN"
-    if number in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+    if number in _NO_DRIVER:
         release = os.uname().release
         if kernel_version(release) < (6, 0):
             return f"kernel {release} has no ublk; it came with 6.0", "boot a kernel of 6.0 or newer; see: uname -r"

@@ -28,6 +28,7 @@ from duende_ublkd.core.errors import (
     BusyError,
     CommandError,
     CommandOverdueError,
+    KernelUnavailableError,
     NoSuchDeviceError,
     UnsupportedError,
 )
@@ -49,6 +50,7 @@ USAGE_DEADLINE = 5.0
 SERVER_DEADLINE = 2.0
 _DELETED_SOON = 0.001  # first pause between two looks for the node's end; doubles
 _STABLE_READS = 4
+_CAP_HINT = "run it as the host's root, in a container with --cap-add SYS_ADMIN; see: capsh --print"
 
 Rdevs = frozenset[tuple[int, int]]
 
@@ -122,6 +124,10 @@ class UblkKernel:
             except CommandOverdueError as error:
                 trouble = str(error)
             except CommandError as error:
+                if error.errno == errno.EPERM and error.command == "GET_DEV_INFO":
+                    raise KernelUnavailableError(
+                        f"the kernel refuses to tell of ublk{dev_id}: {error.meaning}", hint=_CAP_HINT
+                    ) from error
                 # An unprivileged device whose node is gone cannot even be asked about: deleted, and still held.
                 trouble = "" if error.errno == errno.ENOENT and before.sysfs_inode is None else str(error)
             disk = read_disk(dev_id)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 RECEIVE_BUFFER = 8 << 20  # bytes; some 8,000 events. Grown as far as rmem_max where CAP_NET_ADMIN is missing
 _WATCHED = flags.OPEN | flags.CLOSE_WRITE | flags.CLOSE_NOWRITE | flags.ATTRIB
-_NAME = re.compile(r"ublk[bc](\d{1,7})(?:p\d+)?")
+_NAME = re.compile(r"ublk[bc]([0-9]{1,7})(?:p[0-9]+)?")
 
 
 class Listener(Protocol):

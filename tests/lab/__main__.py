@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tests.lab import image, kernels, qemu
 from tests.lab.errors import LabError
+from tests.native import build as native
 
 RESULTS = image.REPOSITORY / ".lab"
 # A hung test says where it hangs, in good time before the guest's own limit.
@@ -20,9 +21,10 @@ PYTEST_ENVIRONMENT = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 def main() -> int:
     parser = _parser()
-    options, options.rest = parser.parse_known_args()
-    if options.rest and options.do is not _pytest:
-        parser.error(f"unrecognized arguments: {' '.join(options.rest)}")
+    options, rest = parser.parse_known_args()
+    options.rest = rest
+    if rest and options.do is not _pytest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     # Whoever waits for us in vain asks with SIGTERM; a shell's background job does not even hear SIGINT.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -61,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (shell, run, pytest, demo):
         command.add_argument("--kernel", default=kernels.names()[0], metavar="|".join(kernels.names()))
+    for command in (run, pytest, demo):
         command.add_argument("--timeout", type=float, default=1200.0, metavar="SECONDS", help="for the whole run")
     return parser
 
@@ -69,8 +72,8 @@ def _fetch(options: argparse.Namespace) -> int:
     for name in kernels.names():
         kernel = kernels.fetch(name, refresh=options.refresh)
         print(f"kernel {name}: {kernel.version}, {qemu.accelerator(kernel)}")
-    if kernels.names() != ("host",):
-        kernels.uapi_headers(refresh=options.refresh)
+    kernels.uapi_headers(refresh=options.refresh)
+    native.guest_files()
     image.base()
     return 0
 
@@ -78,10 +81,11 @@ def _fetch(options: argparse.Namespace) -> int:
 def _shell(options: argparse.Namespace) -> int:
     if not sys.stdin.isatty():
         raise LabError("a shell needs a terminal", "for one command: python -m tests.lab run -- CMD...")
-    size = os.get_terminal_size()
+    size = shutil.get_terminal_size()
     environment = {"TERM": os.environ.get("TERM", "linux"), "LINES": str(size.lines), "COLUMNS": str(size.columns)}
     command = ["sh", "-c", f"stty rows {size.lines} cols {size.columns}; exec sh -l"]
-    return qemu.run_interactive(kernels.fetch(options.kernel), command, environment)
+    kernel = kernels.fetch(options.kernel)
+    return qemu.run_interactive(kernel, command, environment=environment, extras=native.guest_files())
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -117,7 +121,14 @@ def _in_guest(
             sys.stdout.write(text)
             sys.stdout.flush()
 
-        result = qemu.run(kernel, command, timeout_s=options.timeout, on_output=on_output, environment=environment)
+        result = qemu.run(
+            kernel,
+            command,
+            timeout_s=options.timeout,
+            on_output=on_output,
+            environment=environment,
+            extras=native.guest_files(),
+        )
     _keep_files(result, results)
     for fault in result.kernel_faults:
         print(f"lab: KERNEL FAULT: {fault}")

@@ -27,7 +27,7 @@ from packaging.requirements import Requirement
 
 from tests.lab import cpio
 from tests.lab.cache import cache_dir, locked, replacing
-from tests.lab.errors import find_tool, need_tool
+from tests.lab.errors import LabError, find_tool, need_tool
 from tests.lab.kernels import Kernel
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -155,10 +155,18 @@ def _guest_distributions() -> list[importlib.metadata.Distribution]:
     while open_ends:
         name = open_ends.pop().name.lower()
         if name not in found and name not in HOST_ONLY_PACKAGES:
-            found[name] = importlib.metadata.distribution(name)
+            found[name] = _installed(name)
             needs = [Requirement(need) for need in found[name].requires or ()]
             open_ends += [need for need in needs if not need.marker or need.marker.evaluate({"extra": ""})]
     return sorted(found.values(), key=lambda each: each.name)
+
+
+def _installed(name: str) -> importlib.metadata.Distribution:
+    try:
+        return importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError as error:
+        hint = "use the project's own environment, which `make test` builds: .venv/bin/python -m tests.lab ..."
+        raise LabError(f"{sys.executable} has no {name} to put into the guest", hint) from error
 
 
 def _add_packages(tree: Path, distributions: Iterable[importlib.metadata.Distribution]) -> list[Path]:

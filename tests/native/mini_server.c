@@ -1,5 +1,5 @@
 /*
- * mini_server [--id N] [--recovery] [--fail-io] [--depth N] [--size MIB] [--stop-after add|open|fetch]
+ * mini_server [--id N] [--recovery] [--fail-io] [--flags BITS] [--depth N] [--size MIB] [--stop-after add|open|fetch]
  * mini_server --recover ID
  *
  * A ublk server that shares no line with the project's own: one queue, one thread, reads give zeros, writes vanish.
@@ -14,6 +14,7 @@
 #include "uring.h"
 
 #define IO_SIZE (128 << 10)
+#define MAX_DEPTH 256
 #define START_TAG UINT64_MAX
 
 static volatile sig_atomic_t holding;
@@ -134,8 +135,8 @@ static void serve(struct server *server, const char *started)
 int main(int argc, char **argv)
 {
 	static const struct option options[] = {
-		{ "id", 1, 0, 'i' }, { "recovery", 0, 0, 'r' }, { "fail-io", 0, 0, 'f' }, { "depth", 1, 0, 'd' },
-		{ "size", 1, 0, 's' }, { "stop-after", 1, 0, 'S' }, { "recover", 1, 0, 'R' }, { 0 },
+		{ "id", 1, 0, 'i' }, { "recovery", 0, 0, 'r' }, { "fail-io", 0, 0, 'f' }, { "flags", 1, 0, 'F' },
+		{ "depth", 1, 0, 'd' }, { "size", 1, 0, 's' }, { "stop-after", 1, 0, 'S' }, { "recover", 1, 0, 'R' }, { 0 },
 	};
 	struct server server = { .id = -1, .depth = 16 };
 	uint64_t flags = 0;
@@ -147,6 +148,7 @@ int main(int argc, char **argv)
 		case 'i': server.id = strtoul(optarg, NULL, 10); break;
 		case 'r': flags |= UBLK_F_USER_RECOVERY; break;
 		case 'f': flags |= UBLK_F_USER_RECOVERY | UBLK_F_USER_RECOVERY_FAIL_IO; break;
+		case 'F': flags |= strtoull(optarg, NULL, 0); break;
 		case 'd': server.depth = strtoul(optarg, NULL, 10); break;
 		case 's': mebibytes = strtoul(optarg, NULL, 10); break;
 		case 'S': last = optarg; break;
@@ -155,7 +157,7 @@ int main(int argc, char **argv)
 		}
 	}
 	signal(SIGUSR1, hold);
-	ring_open(&server.ring, 2 * server.depth);
+	ring_open(&server.ring, 2 * MAX_DEPTH);
 	server.control = open_control();
 	if (recover) {
 		struct ublksrv_ctrl_dev_info info;
@@ -169,6 +171,8 @@ int main(int argc, char **argv)
 	} else {
 		add(&server, flags, mebibytes);
 	}
+	if (server.depth > MAX_DEPTH)
+		fail("queue depth", ERANGE);
 	stage("add", last, server.id);
 	open_queue(&server);
 	stage("open", last, server.id);

@@ -7,10 +7,13 @@ the file.
 
 import argparse
 import asyncio
+import functools
 import logging
 import os
 import signal
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from duende_ublkd.core.errors import BusyError, DuendeError
@@ -96,14 +99,39 @@ def _become(uid: int) -> None:
 
 def _run_server(options: argparse.Namespace, script: Script) -> int:
     devices = asyncio.run(_set_up(options, script))
-    opener = os.getpid()
     if options.leak_fd:
         script.say("leaked", helper=_fork_helper())
+    opener = _Opener(os.getpid())
     if options.fork_after_open:
-        if os.fork():
-            os._exit(0)
-        script.say("forked", opener=opener)
-    return asyncio.run(_serve(options, script, devices, options.claim_pid or opener))
+        opener = _fork_worker()
+        script.say("forked", opener=opener.pid)
+    return asyncio.run(_serve(options, script, devices, opener))
+
+
+@dataclass(frozen=True, slots=True)
+class _Opener:
+    """The process that opened the char devices; with a `leash` it is not the server, and lives while that is open."""
+
+    pid: int
+    leash: int | None = None
+
+    async def dismiss(self) -> None:
+        """Let it end, and wait until it is reaped. Not before START_DEV: since 6.17 the opener must be there."""
+        if self.leash is not None:
+            os.close(self.leash)
+            await _until(lambda: not Path(f"/proc/{self.pid}").exists())
+
+
+def _fork_worker() -> _Opener:
+    """Returns in the worker only."""
+    opener = os.getpid()
+    leash, worker_end = os.pipe()
+    if os.fork():
+        os.close(worker_end)
+        os.read(leash, 1)
+        os._exit(0)
+    os.close(leash)
+    return _Opener(opener, worker_end)
 
 
 def _fork_helper() -> int:
@@ -150,7 +178,7 @@ async def _add_all(options: argparse.Namespace, script: Script, control: Control
     await script.reach("after-add")
     for device in devices:
         if options.unprivileged:
-            await _until_ours(abi.CHAR_DEVICE.format(device.dev_id))
+            await _until(functools.partial(_is_ours, device))
         await control.set_params(device.dev_id, _params(device.target.size), via_node=options.unprivileged)
     await script.reach("after-params")
     return devices
@@ -185,11 +213,15 @@ def _target(options: argparse.Namespace, dev_id: int, size: int) -> Target:
     return RamTarget(size, backing)
 
 
-async def _until_ours(path: str) -> None:
-    """Until udev, or who plays it, has given us the node."""
+async def _until(predicate: Callable[[], bool]) -> None:
     async with asyncio.timeout(SETTLE_DEADLINE):
-        while not os.access(path, os.R_OK | os.W_OK):  # noqa: ASYNC110 - a file's owner raises no event here
+        while not predicate():  # noqa: ASYNC110 - what is waited for raises no event
             await asyncio.sleep(0.005)
+
+
+def _is_ours(device: Device) -> bool:
+    """Whether udev, or who plays it, has given us the node."""
+    return os.access(abi.CHAR_DEVICE.format(device.dev_id), os.R_OK | os.W_OK)
 
 
 async def _take_over_all(options: argparse.Namespace, script: Script, control: Control) -> list[Device]:
@@ -259,7 +291,7 @@ class _Gate:
             await self._script.reach_once("before-commit")
 
 
-async def _serve(options: argparse.Namespace, script: Script, devices: list[Device], pid: int) -> int:
+async def _serve(options: argparse.Namespace, script: Script, devices: list[Device], opener: _Opener) -> int:
     tags = sum(device.tags for device in devices)
     ring = Ring(_entries(tags + len(devices) + 16))
     control = Control(ring, deadline=CONTROL_DEADLINE)
@@ -281,7 +313,7 @@ async def _serve(options: argparse.Namespace, script: Script, devices: list[Devi
     ended = asyncio.gather(*(device.ended() for device in devices))
     await _until_submitted(ring, tags, ended)
     await script.reach("after-fetch")
-    await _start_all(options, script, control, gate, pid)
+    await _start_all(options, script, control, gate, opener)
     await asyncio.wait((told_to_stop, ended), return_when=asyncio.FIRST_COMPLETED)
     if told_to_stop.done():
         gate.release()
@@ -307,16 +339,21 @@ async def _until_submitted(ring: Ring, tags: int, ended: asyncio.Future[list[Non
         await asyncio.sleep(0)
 
 
-async def _start_all(options: argparse.Namespace, script: Script, control: Control, gate: _Gate, pid: int) -> None:
+async def _start_all(
+    options: argparse.Namespace, script: Script, control: Control, gate: _Gate, opener: _Opener
+) -> None:
+    pid = options.claim_pid or opener.pid
     if options.command == "recover":
         gate.started = True  # what was queued in the meantime arrives before END_USER_RECOVERY has answered
         for dev_id in script.dev_ids:
             await control.end_user_recovery(dev_id, pid)
+        await opener.dismiss()
         await script.reach("after-recovery")
         return
     for dev_id in script.dev_ids:
         await control.start_device(dev_id, pid, via_node=options.unprivileged)
     gate.started = True
+    await opener.dismiss()
     await script.reach("after-start")
 
 

@@ -36,7 +36,7 @@ from duende_ublkd.kernel.control import Control
 from duende_ublkd.kernel.ring import Ring
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-DEADLINE = 20.0  # seconds; an emulated CPU takes two of them to start Python alone
+DEADLINE = 60.0  # seconds; what takes one on an idle machine takes ten on an emulated CPU that others want too
 BLKFLSBUF = 0x1261
 BLOCK = 4096
 T = TypeVar("T")
@@ -138,7 +138,7 @@ class ServerProcess:
         return int(self._ask("stats", timeout).details["waiting"])
 
     def kill(self) -> None:
-        """SIGKILL, and reaped when this returns."""
+        """SIGKILL, and reaped when this returns (a forked worker: by init, soon)."""
         pid = self.pid
         _signal(pid, signal.SIGKILL)
         _signal(self._process.pid, signal.SIGKILL)
@@ -212,7 +212,7 @@ class _Child:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as this object
         stdin, self.stdin = os.pipe()
         out, stdout = os.pipe()
-        self.stdout = open(out, "rb")  # noqa: SIM115 - as above
+        self.stdout = os.fdopen(out, "rb")
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fds = [stdin, stdout, self._errors.fileno(), theirs.fileno()]
         socket.send_fds(_nursery(), [json.dumps(arguments).encode()], fds)
@@ -220,7 +220,11 @@ class _Child:
         os.close(stdin)
         os.close(stdout)
         self._channel.settimeout(DEADLINE)
-        self.pid = int(self._channel.recv(64))
+        try:
+            self.pid = int(self._channel.recv(64))  # the first one waits for the nursery's imports
+        except TimeoutError as error:
+            self.close()
+            raise ServerError("the nursery does not answer") from error
 
     def wait(self, timeout: float) -> int:
         """The exit status, once it is dead and reaped; negative: the signal."""
@@ -242,7 +246,7 @@ class _Child:
 @functools.cache
 def _nursery() -> socket.socket:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    nursery = subprocess.Popen([sys.executable, "-m", "tests.server.nursery"], cwd=REPOSITORY, stdin=theirs)
+    nursery = subprocess.Popen([sys.executable, "-m", "tests.server.nursery"], cwd=REPOSITORY, stdin=theirs.fileno())
     theirs.close()
 
     def end() -> None:
@@ -273,6 +277,12 @@ def _play_udev(dev_ids: tuple[int, ...]) -> None:
         for node in (abi.CHAR_DEVICE.format(dev_id), abi.BLOCK_DEVICE.format(dev_id)):
             if info and Path(node).exists():
                 os.chown(node, info.owner_uid, info.owner_gid)
+
+
+def some_thread_hangs_in_the_kernel() -> bool:
+    """Whether a thread of this process, such as one of `in_background`, is in an uninterruptible sleep."""
+    stats = (task.joinpath("stat").read_text() for task in Path("/proc/self/task").iterdir())
+    return any(stat.rpartition(")")[2].split()[0] == "D" for stat in stats)
 
 
 def _signal(pid: int, number: int) -> None:
@@ -365,7 +375,7 @@ def drop_device(dev_id: int, deadline: float = DEADLINE) -> None:
             now = device_info(dev_id)
             return now is None or now.state != KernelState.LIVE
 
-        wait_until(settled, max(deadline, 40.0), f"the kernel notices that ublk{dev_id} is dead")
+        wait_until(settled, deadline, f"the kernel notices that ublk{dev_id} is dead")
     if device_info(dev_id):
         with contextlib.suppress(NoSuchDeviceError):
             ask_kernel(lambda control: _delete(control, dev_id), deadline)

@@ -1,8 +1,8 @@
 """A process that has imported everything and forks test servers: on an emulated CPU an import costs more than a test.
 
-It listens on its standard input, a SOCK_SEQPACKET socket. One message starts one server: its arguments as JSON, and four
-descriptors: standard input, output, error, and a socket on which the nursery answers the pid, and the exit status once
-the server is dead and reaped. It ends when its socket is closed; servers do not.
+It listens on its standard input, a SOCK_SEQPACKET socket. One message starts one server: its arguments as JSON, and
+four descriptors: standard input, output, error, and a socket on which the nursery answers the pid, and the exit status
+once the server is dead and reaped. It ends when its socket is closed; servers do not.
 """
 
 import contextlib

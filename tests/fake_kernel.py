@@ -1,0 +1,499 @@
+"""A ublk driver in memory, servers to go with it, and an event loop whose time passes only when nobody has work left.
+
+It does what ublk_drv was seen doing, the unpleasant things included: an added device is DEAD like a dead one, a death is
+noticed late, ids are reused at once, pids are recycled, a deleted device keeps its id for as long as it is held. It keeps
+its own list of `violations`: what a reaper did to a device that somebody was using. tests/kernel_contract.py holds it to
+the same clauses as the real driver.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import selectors
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from duende_ublkd.core.errors import (
+    BusyError,
+    CommandError,
+    CommandOverdueError,
+    InterruptedCommandError,
+    KernelUnavailableError,
+    NoSuchDeviceError,
+)
+from duende_ublkd.core.model import DevInfo, Disk, Feature, Holder, Identity, KernelState, Observation, Server, Usage
+from duende_ublkd.core.policy import Traits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+
+T = TypeVar("T")
+Rdevs = frozenset[tuple[int, int]]
+
+CHAR_MAJOR = 240
+BLOCK_MAJOR = 259
+SWEPT = 64  # ids that a full look asks about, known or not
+DEADLINE = 10.0  # of a control command
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+class _Skipping(selectors.SelectSelector):
+    """Where a loop would wait for the time to come, the time comes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None:
+            raise AssertionError("everybody waits, and nothing will ever happen")
+        self.now += max(timeout, 0.0)
+        return super().select(0)
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """An event loop in which minutes take microseconds."""
+
+    def __init__(self) -> None:
+        self._skipping = _Skipping()
+        super().__init__(self._skipping)
+
+    def time(self) -> float:
+        return self._skipping.now
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """asyncio.run() in virtual time."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(main)
+
+
+# --- the inhabitants --------------------------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Process:
+    """Somebody who serves, or merely opens. `visible` False: no sweep over /proc shows what it has open."""
+
+    pid: int
+    comm: str = "ublk.test"
+    alive: bool = True
+    visible: bool = True
+
+    def as_seen(self) -> Server:
+        return Server(self.pid, alive=self.alive, comm=self.comm if self.alive else "")
+
+
+@dataclass(eq=False)
+class Instance:
+    """One device from its ADD_DEV until its id is free."""
+
+    dev_id: int
+    inode: int
+    flags: int
+    added_at: float
+    adder: Process
+    state: int = KernelState.DEAD
+    pid: int = -1
+    disk: Disk | None = None
+    listed: bool = True  # in /sys and /dev, until it is deleted
+    has_node: bool = True
+    openers: list[Process] = field(default_factory=list)
+    holders: list[Holder] = field(default_factory=list)
+    claimed: bool = False
+    releasing_until: float = 0.0  # the kernel clears UB_STATE_OPEN some time after the last close (6.15)
+    started: bool = False
+    left_at: float | None = None  # a living server closed it, and may be about to delete it
+    overdue: str = ""  # the command on it that has not answered
+
+    @property
+    def freeable(self) -> bool:
+        return not (self.listed or self.openers or self.holders or self.claimed)
+
+    def __repr__(self) -> str:
+        return f"<ublk{self.dev_id} #{self.inode} {KernelState.name(self.state)}{'' if self.listed else ' deleted'}>"
+
+
+class Fault(Enum):
+    """What the next deletion of an id meets."""
+
+    REFUSED = "refused"  # the kernel says EIO
+    OVERDUE = "overdue"  # no answer by the deadline; see FakeKernel.answer
+    ALREADY_DONE = "already done"  # somebody else's deletion came first
+    DEFECT = "defect"  # a bug of ours
+
+
+# --- the driver -------------------------------------------------------------------------------------------------------
+
+
+class FakeKernel:
+    """`reconcile.Kernel` for the daemon; the world's own doings for the test.
+
+    `settles_in`: seconds until the kernel has noticed a death. `disk_goes_first`: meanwhile the disk is gone already.
+    `hint`: called with an id whenever the real kernel would say something; `hints_lost` makes it silent.
+    """
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, *, traits: Traits | None = None, settles_in: float = 0.05
+    ) -> None:
+        self._loop = loop
+        self.traits = traits or Traits()
+        self.driver = self.traits  # what it really can; `traits` is what is believed of it
+        self.settles_in = settles_in
+        self.disk_goes_first = True
+        self.release_takes = 0.003
+        self.latency = 0.001  # seconds, of each look and each command
+        self.deletion_takes: dict[int, float] = {}
+        self.hint: Callable[[int], None] = lambda _dev_id: None
+        self.on_late: Callable[[str, int], None] = lambda _command, _dev_id: None
+        self.hints_lost = False
+        self.unavailable = False
+        self.looks_are_overdue = False
+        self.sees_everything = True  # a sweep over /proc is complete
+        self.clock_was_set = False  # the age of a node cannot be told
+        self.setup_grace = 60.0  # promised to a server between ADD_DEV and open
+        self.orphan_grace = 0.5  # promised to a server between close and DEL_DEV
+        self.troubles: dict[int, str] = {}  # ids whose GET_DEV_INFO gives no answer, and why
+        self.faults: dict[int, Fault] = {}
+        self.taken: dict[int, Instance] = {}
+        self.processes: dict[int, Process] = {}
+        self.deletions: list[Instance] = []  # by the reaper, in order
+        self.looks = 0
+        self.violations: list[str] = []
+        self._inodes = 14_000
+        self._pids = 4_000
+        self._diskseq = 0
+
+    # What the daemon asks
+
+    async def observe(self, dev_ids: Collection[int] | None, remembered: Mapping[int, Rdevs]) -> list[Observation]:
+        await self._pass_time()
+        self._insist_on_driver()
+        if self.looks_are_overdue:
+            raise CommandOverdueError("GET_FEATURES", None, DEADLINE)
+        self.looks += 1
+        if dev_ids is None:
+            listed = (dev_id for dev_id, instance in self.taken.items() if instance.listed)
+            dev_ids = {*listed, *remembered, *range(SWEPT)}
+        seen = [self._see(instance) for dev_id in sorted(dev_ids) if (instance := self.taken.get(dev_id))]
+        await self._pass_time()
+        return seen
+
+    async def look_for_users(self, seen: Collection[Observation], _remembered: Mapping[int, Rdevs]) -> dict[int, Usage]:
+        await self._pass_time()
+        return {each.dev_id: self._usage(each.dev_id) for each in seen}
+
+    @contextlib.contextmanager
+    def claim(self, seen: Observation) -> Iterator[FakeClaim]:
+        self._insist_on_driver()
+        claim = FakeClaim(self, self._open_exclusively(seen))
+        try:
+            yield claim
+        finally:
+            claim.release()
+
+    async def is_taken(self, dev_id: int) -> bool:
+        await self._pass_time()
+        self._insist_on_driver()
+        return dev_id in self.taken
+
+    # What happens in the world
+
+    def process(self, comm: str = "ublk.test", *, visible: bool = True) -> Process:
+        self._pids += 1
+        self.processes[self._pids] = Process(self._pids, comm, visible=visible)
+        return self.processes[self._pids]
+
+    def add(
+        self, process: Process | None = None, *, dev_id: int = -1, flags: int = 0, state: int = KernelState.DEAD
+    ) -> Instance:
+        """ADD_DEV. `state`: what some kernels copy from the caller, garbage or not."""
+        if dev_id < 0:
+            dev_id = next(free for free in range(1 << 20) if free not in self.taken)
+        if dev_id in self.taken:
+            raise CommandError("ADD_DEV", dev_id, errno.EEXIST, "the id is taken")
+        self._inodes += 2
+        instance = Instance(dev_id, self._inodes, flags, self._loop.time(), process or self.process(), state)
+        self.taken[dev_id] = instance
+        self._tell(instance)
+        return instance
+
+    def open(self, instance: Instance, process: Process | None = None) -> None:
+        """A server opens the char device, exclusively."""
+        if not instance.listed:
+            raise NoSuchDeviceError("open", instance.dev_id, errno.ENOENT, "deleted")
+        if self.is_busy(instance):
+            raise BusyError("open", instance.dev_id, errno.EBUSY, "somebody has it")
+        instance.openers.append(process or instance.adder)
+        instance.left_at = None
+        self._tell(instance)
+
+    def is_busy(self, instance: Instance) -> bool:
+        return bool(instance.openers) or instance.claimed or self._loop.time() < instance.releasing_until
+
+    def share(self, instance: Instance, process: Process) -> None:
+        """The open file reaches another process: by fork, or over a socket."""
+        instance.openers.append(process)
+
+    def start(self, instance: Instance, *, disk_later: bool = False) -> None:
+        """START_DEV by who has it open. `disk_later`: as seen between LIVE and add_disk()."""
+        assert instance.openers
+        assert not instance.started
+        instance.state, instance.pid, instance.started = KernelState.LIVE, instance.openers[0].pid, True
+        if not disk_later:
+            self.show_disk(instance)
+
+    def show_disk(self, instance: Instance) -> None:
+        self._diskseq += 1
+        instance.disk = Disk((BLOCK_MAJOR, instance.dev_id * 16), self._diskseq)
+        self._tell(instance)
+
+    def serve(self, process: Process | None = None, *, dev_id: int = -1, flags: int = 0) -> Instance:
+        """ADD_DEV, open and START_DEV at once."""
+        instance = self.add(process, dev_id=dev_id, flags=flags)
+        self.open(instance)
+        self.start(instance)
+        return instance
+
+    def kill(self, process: Process) -> None:
+        """A process dies; the kernel takes its time to notice."""
+        process.alive = False
+        for instance in list(self.taken.values()):
+            if process in instance.openers:
+                instance.openers.remove(process)
+                self._notice_close(instance)
+
+    def close(self, instance: Instance, process: Process) -> None:
+        """A process closes the char device and lives on."""
+        instance.openers.remove(process)
+        instance.left_at = self._loop.time()
+        self._notice_close(instance)
+
+    def stop(self, instance: Instance) -> None:
+        """STOP_DEV by its server or its administrator."""
+        instance.state, instance.pid, instance.disk = KernelState.DEAD, -1, None
+        self._tell(instance)
+
+    def delete(self, instance: Instance) -> None:
+        """DEL_DEV_ASYNC by its server or its administrator."""
+        instance.state, instance.pid, instance.disk = KernelState.DEAD, -1, None
+        instance.listed = instance.has_node = False
+        self._tell(instance)
+        self._free_if_unused(instance)
+
+    def recover(self, instance: Instance, process: Process) -> None:
+        """START_USER_RECOVERY and open by a second server; state and pid do not change."""
+        if instance.state not in (KernelState.QUIESCED, KernelState.FAIL_IO):
+            raise BusyError("START_USER_RECOVERY", instance.dev_id, errno.EBUSY, "not to be recovered")
+        self.open(instance, process)
+
+    def finish_recovery(self, instance: Instance) -> None:
+        """END_USER_RECOVERY: the same disk again."""
+        instance.state, instance.pid = KernelState.LIVE, instance.openers[0].pid
+
+    def hold(self, instance: Instance, holder: Holder) -> None:
+        """Somebody mounts, swaps on, or opens the disk."""
+        assert instance.disk
+        instance.holders.append(holder)
+
+    def let_go(self, instance: Instance) -> None:
+        """Every holder lets go; freeing an id says nothing to anybody."""
+        instance.holders.clear()
+        self._free_if_unused(instance)
+
+    def recycle(self, pid: int) -> Process:
+        """Somebody else's process gets the number of a dead one."""
+        self.processes[pid] = Process(pid, "cron")
+        return self.processes[pid]
+
+    def answer(self, instance: Instance, *, works: bool) -> None:
+        """The overdue command on a device answers after all, having done its work or not."""
+        command, instance.overdue = instance.overdue, ""
+        if works and instance.listed:
+            self._take_away(instance)
+        self.on_late(command, instance.dev_id)
+
+    # Behind the face
+
+    async def _pass_time(self) -> None:
+        await asyncio.sleep(self.latency)
+
+    def _insist_on_driver(self) -> None:
+        if self.unavailable:
+            raise KernelUnavailableError("/dev/ublk-control is missing: the ublk driver is not loaded")
+
+    def _tell(self, instance: Instance) -> None:
+        if not self.hints_lost:
+            self.hint(instance.dev_id)
+
+    def _identity(self, instance: Instance) -> Identity:
+        if not instance.listed:
+            return Identity(None)
+        return Identity(instance.inode, (CHAR_MAJOR, instance.dev_id))
+
+    def _see(self, instance: Instance) -> Observation:
+        now, dev_id = self._loop.time(), instance.dev_id
+        trouble = self.troubles.get(dev_id, "")
+        info = DevInfo(dev_id, instance.state, instance.pid, instance.flags, queues=1, queue_depth=128)
+        process = self.processes.get(instance.pid)
+        return Observation(
+            dev_id,
+            now,
+            None if trouble else info,
+            self._identity(instance),
+            f"/dev/ublkc{dev_id}" if instance.has_node else None,
+            instance.disk,
+            process.as_seen() if process and not trouble else None,
+            age=now - instance.added_at if instance.has_node and not self.clock_was_set else None,
+            trouble=trouble,
+        )
+
+    def _usage(self, dev_id: int) -> Usage:
+        instance = self.taken.get(dev_id)
+        if instance is None:
+            return Usage(complete=self.sees_everything)
+        openers = tuple(process.as_seen() for process in instance.openers if process.visible)
+        return Usage(openers, tuple(instance.holders), self.sees_everything)
+
+    def _notice_close(self, instance: Instance) -> None:
+        self._tell(instance)
+        if instance.openers:
+            return
+        now = self._loop.time()
+        if instance.state == KernelState.LIVE:
+            instance.releasing_until = now + self.settles_in + self.release_takes
+            if self.disk_goes_first and not instance.flags & Feature.USER_RECOVERY:
+                instance.disk = None
+            self._loop.call_later(self.settles_in, self._settle, instance)
+        else:
+            instance.releasing_until = now + self.release_takes
+        self._free_if_unused(instance)
+
+    def _settle(self, instance: Instance) -> None:
+        """What the kernel makes of a device whose server is gone. QUIESCED sends no event."""
+        if instance.state != KernelState.LIVE or instance.openers:
+            return
+        if instance.flags & Feature.USER_RECOVERY_FAIL_IO:
+            instance.state = KernelState.FAIL_IO
+        elif instance.flags & Feature.USER_RECOVERY:
+            instance.state = KernelState.QUIESCED
+        else:
+            self.stop(instance)
+
+    def _open_exclusively(self, seen: Observation) -> Instance:
+        instance = self.taken.get(seen.dev_id)
+        if instance is None or not instance.has_node:
+            raise NoSuchDeviceError("open", seen.dev_id, errno.ENODEV, "its char device is gone")
+        if self.is_busy(instance):
+            raise BusyError("open", seen.dev_id, errno.EBUSY, "somebody has its char device open")
+        if self._identity(instance) != seen.identity:
+            raise NoSuchDeviceError("open", seen.dev_id, errno.ENODEV, "its id belongs to another device now")
+        self._condemn("claimed", instance)
+        instance.claimed = True
+        return instance
+
+    def _condemn(self, deed: str, instance: Instance) -> None:
+        """Take down whatever speaks against this deed."""
+        now = self._loop.time()
+        set_up_by = instance.added_at + self.setup_grace
+        reasons = {
+            f"open by {instance.openers}": bool(instance.openers),
+            "its state": instance.state != KernelState.DEAD,
+            "it has a disk": instance.disk is not None,
+            f"its server has until {set_up_by} to open it": (
+                not instance.started and instance.adder.alive and instance.left_at is None and now < set_up_by
+            ),
+            "its server may be about to delete it": (
+                instance.left_at is not None and now < instance.left_at + self.orphan_grace
+            ),
+            f"{instance.overdue} on it has not answered": bool(instance.overdue),
+        }
+        self.violations += [f"{now}: {instance} {deed}, but {why}" for why, so in reasons.items() if so]
+
+    def _take_away(self, instance: Instance) -> None:
+        """The reaper's own deletion takes effect."""
+        if self.taken.get(instance.dev_id) is not instance:
+            self.violations.append(f"ublk{instance.dev_id} deleted, which was not the claimed {instance}")
+        self.deletions.append(instance)
+        self.delete(instance)
+
+    def _free_if_unused(self, instance: Instance) -> None:
+        if instance.freeable and self.taken.get(instance.dev_id) is instance:
+            del self.taken[instance.dev_id]
+
+
+class FakeClaim:
+    """An exclusive open of /dev/ublkcN."""
+
+    def __init__(self, kernel: FakeKernel, instance: Instance) -> None:
+        self._kernel = kernel
+        self._instance = instance
+        self._released = False
+
+    async def look_again(self, remembered: Mapping[int, Rdevs]) -> Observation | None:
+        seen = await self._kernel.observe([self._instance.dev_id], remembered)
+        return seen[0] if seen else None
+
+    async def delete(self, info: DevInfo) -> None:
+        kernel, instance = self._kernel, self._instance
+        if info.unprivileged or not kernel.traits.async_delete:
+            await self._delete_and_wait()
+            return
+        if not kernel.driver.async_delete:
+            kernel.traits = kernel.driver
+            await self._delete_and_wait()
+            return
+        await self._send("DEL_DEV_ASYNC")
+        kernel._take_away(instance)
+        self.release()
+
+    def release(self) -> None:
+        kernel, instance = self._kernel, self._instance
+        if self._released:
+            return
+        self._released = True
+        instance.claimed = False
+        instance.releasing_until = kernel._loop.time() + kernel.release_takes
+        kernel._tell(instance)
+        kernel._free_if_unused(instance)
+
+    async def _send(self, command: str) -> None:
+        """A command on its way: who is harmed by it, how long it takes, and what it meets."""
+        kernel, instance = self._kernel, self._instance
+        kernel._condemn(f"deleted by {command}", instance)
+        await asyncio.sleep(kernel.deletion_takes.get(instance.dev_id, kernel.latency))
+        match kernel.faults.pop(instance.dev_id, None):
+            case Fault.REFUSED:
+                raise CommandError(command, instance.dev_id, errno.EIO, "input/output error")
+            case Fault.OVERDUE:
+                instance.overdue = command
+                await asyncio.sleep(DEADLINE)
+                raise CommandOverdueError(command, instance.dev_id, DEADLINE)
+            case Fault.ALREADY_DONE:
+                kernel.delete(instance)
+                raise NoSuchDeviceError(command, instance.dev_id, errno.ENODEV, "no such device")
+            case Fault.DEFECT:
+                raise ZeroDivisionError("a defect")
+            case None:
+                return
+
+    async def _delete_and_wait(self) -> None:
+        """DEL_DEV answers when the id is free, or is cancelled at its deadline: deleted either way."""
+        kernel, instance = self._kernel, self._instance
+        await self._send("DEL_DEV")
+        if instance.holders and not kernel.driver.delete_can_be_cancelled:
+            kernel.violations.append(
+                f"{instance} deleted while held: this kernel now adds and deletes nothing any more"
+            )
+        kernel._take_away(instance)
+        self.release()
+        until = kernel._loop.time() + DEADLINE
+        while kernel.taken.get(instance.dev_id) is instance:
+            if kernel._loop.time() >= until:
+                raise InterruptedCommandError("DEL_DEV", instance.dev_id, errno.EINTR, "deleted; its id is held")
+            await asyncio.sleep(0.1)

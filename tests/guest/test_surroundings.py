@@ -1,0 +1,105 @@
+"""Bad surroundings, each with an error that says what to type next."""
+
+import ctypes
+import os
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.daemon_process import DaemonProcess, command
+from tests.native_server import NativeServer
+from tests.server.harness import device_info, wait_until
+
+NOBODY = 65534
+PR_CAPBSET_DROP = 24
+CAP_SYS_ADMIN = 21
+IO_URING_DISABLED = Path("/proc/sys/kernel/io_uring_disabled")
+
+
+def says(done: subprocess.CompletedProcess[str], code: int, *sentences: str) -> None:
+    assert done.returncode == code, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    for sentence in sentences:
+        assert sentence in done.stderr, done.stderr
+
+
+@pytest.fixture
+def no_module() -> Iterator[None]:
+    subprocess.run(["rmmod", "ublk_drv"], check=True)
+    yield
+    load_module()
+
+
+def load_module() -> None:
+    module = next(Path(f"/lib/modules/{os.uname().release}").rglob("ublk_drv.ko*"))
+    subprocess.run(["insmod", str(module)], check=True)
+    wait_until(lambda: Path("/dev/ublk-control").exists(), 10, "the control device is there")
+
+
+def test_not_root_says_sudo() -> None:
+    done = command("list", user=NOBODY, group=NOBODY, cwd="/project")
+    says(done, 3, "/dev/ublk-control may be opened by root only", "try: run it as root: sudo")
+
+
+def test_no_cap_sys_admin_says_what_is_missing() -> None:
+    def drop() -> None:
+        ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_SYS_ADMIN, 0, 0, 0)
+
+    with NativeServer("--id", "40") as server:
+        server.wait_for("LIVE")
+        done = command("list", preexec_fn=drop)
+        says(done, 3, "CAP_SYS_ADMIN", "try: ")
+        server.kill()
+    assert command("clean", "--now", "40").returncode == 0
+
+
+def test_a_machine_with_io_uring_disabled_says_which_sysctl() -> None:
+    if not IO_URING_DISABLED.exists():
+        pytest.skip("this kernel cannot disable io_uring (6.6)")
+    IO_URING_DISABLED.write_text("2")
+    try:
+        says(command("list"), 3, "io_uring is disabled", "try: sysctl kernel.io_uring_disabled=0")
+        says(command("run"), 3, "io_uring is disabled", "try: sysctl kernel.io_uring_disabled=0")
+    finally:
+        IO_URING_DISABLED.write_text("0")
+
+
+@pytest.mark.usefixtures("no_module")
+def test_without_the_module_it_says_how_to_load_it() -> None:
+    for arguments in (("list",), ("clean",), ("run",)):
+        says(command(*arguments), 3, "/dev/ublk-control is missing", "try: modprobe ublk_drv")
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 10116))
+        other.listen()
+        says(command("run"), 2, "cannot listen on 127.0.0.1:10116", "try: ")
+
+
+def test_the_module_may_go_and_come_under_the_running_daemon() -> None:
+    with DaemonProcess('[daemon]\nresync_interval = "1s"\n[policy]\norphan_grace = "100ms"\n') as daemon:
+        subprocess.run(["rmmod", "ublk_drv"], check=True)
+        daemon.wait_log("/dev/ublk-control is missing: the ublk driver is not loaded")
+        assert daemon.metric("duende_ublkd_driver_up") == 0
+        load_module()
+        daemon.wait_log("the ublk driver answers again")
+        with NativeServer("--id", "41") as server:
+            server.wait_for("LIVE")
+            daemon.wait_verdict(41, "live")
+            server.kill()
+            wait_until(lambda: device_info(41) is None, 20, "id 41 is free")
+        assert daemon.stop() == 0
+        assert daemon.log.count("is missing") == 1, daemon.log
+        assert "Traceback" not in daemon.log, daemon.log
+
+
+def test_a_stopped_daemon_ends_within_five_seconds_and_leaves_its_log_in_order() -> None:
+    with DaemonProcess() as daemon, NativeServer("--id", "42", "--recovery") as server:
+        server.wait_for("LIVE")
+        daemon.wait_verdict(42, "live")
+        assert daemon.stop() == 0
+        assert daemon.log.splitlines()[-1].endswith("stopped")
