@@ -64,9 +64,9 @@ class Parts:
             self.kernel, config, Reporters(*reporters), self.agenda, without_grace=without_grace
         )
 
-    def _on_late(self, _name: str, dev_id: int | None, _result: int) -> None:
+    def _on_late(self, name: str, dev_id: int | None, _result: int) -> None:
         if dev_id is not None:
-            self.reconciler.ledger.note_answer(dev_id)
+            self.reconciler.ledger.note_answer(dev_id, name)
             self.agenda.soon(dev_id)
 
     async def close(self) -> None:

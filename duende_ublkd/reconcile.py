@@ -162,11 +162,13 @@ class Reconciler:
     async def run_pass(self, dev_ids: set[int] | None, *, act: bool = True, thorough: bool = False) -> PassReport:
         """Look at some or all ids and judge them. `act` False only looks; `thorough` asks for users of every device."""
         began = self._clock()
-        wanted = None if dev_ids is None else dev_ids - self._deeds.keys()
+        left_out = frozenset(self._deeds)  # for the whole pass: what a deed learns meanwhile, this look has not seen
+        wanted = None if dev_ids is None else dev_ids - left_out
         try:
-            seen = await self._observe(wanted, thorough=thorough)
-        except KernelUnavailableError as error:
-            gone = self._notice_gone(None, set()) if error.no_driver else []
+            seen = await self._observe(wanted, left_out, thorough=thorough)
+        except (KernelUnavailableError, CommandError, CommandOverdueError) as error:
+            no_driver = isinstance(error, KernelUnavailableError) and error.no_driver
+            gone = self._notice_gone(None, set(left_out)) if no_driver else []
             took = self._clock() - began
             report = PassReport(
                 began,
@@ -179,7 +181,7 @@ class Reconciler:
             )
             self._reporter.passed(report)
             return report
-        gone = self._notice_gone(wanted, {each.dev_id for each in seen})
+        gone = self._notice_gone(wanted, {each.dev_id for each in seen} | left_out)
         changed = [device for each in seen if (device := self._judge(each))]
         self.devices = dict(sorted(self.devices.items()))
         dry_run = self.config.daemon.dry_run
@@ -207,13 +209,13 @@ class Reconciler:
             return replace(chosen, setup_grace=0.0, orphan_grace=0.0)
         return chosen
 
-    async def _observe(self, wanted: set[int] | None, *, thorough: bool) -> list[Observation]:
+    async def _observe(self, wanted: set[int] | None, left_out: frozenset[int], *, thorough: bool) -> list[Observation]:
         remembered = self._remembered()
         seen = await self._kernel.observe(wanted, remembered)
-        seen = [each for each in seen if each.dev_id not in self._deeds]
+        seen = [each for each in seen if each.dev_id not in left_out]
         unclear = [each for each in seen if thorough or policy.needs_usage(each)]
         usage = await self._kernel.look_for_users(unclear, remembered)
-        return [replace(each, usage=usage.get(each.dev_id)) for each in seen if each.dev_id not in self._deeds]
+        return [replace(each, usage=usage.get(each.dev_id)) for each in seen]
 
     def _remembered(self) -> dict[int, Rdevs]:
         histories = ((dev_id, self.ledger.get(dev_id)) for dev_id in self.ledger.ids())
@@ -221,7 +223,7 @@ class Reconciler:
 
     def _notice_gone(self, wanted: set[int] | None, present: set[int]) -> list[Judged]:
         asked = set(self.devices) if wanted is None else wanted
-        gone = (asked & self.devices.keys()) - present - self._deeds.keys()
+        gone = (asked & self.devices.keys()) - present
         for dev_id in gone:
             self.ledger.forget(dev_id)
         return [self.devices.pop(dev_id) for dev_id in sorted(gone)]
@@ -292,10 +294,12 @@ class Reconciler:
             return Outcome.ALREADY_GONE, "somebody else deleted it"
         except InterruptedCommandError as error:
             return Outcome.DELETED_STILL_HELD, error.meaning
-        return await self._confirm(device.seen.dev_id)
+        return await self._confirm(device.seen)
 
     def _why_not(self, device: Judged, again: Observation) -> str:
         """The second look, with nobody able to change the answer any more. Empty: go on."""
+        if again.identity.sysfs_inode is None:
+            return "somebody else deleted it"
         if again.identity != device.seen.identity:
             return "its id belongs to another device now"
         history = self.ledger.record(replace(again, usage=device.seen.usage))
@@ -303,15 +307,21 @@ class Reconciler:
         verdict = policy.decide(seen, history, self.policy_for(seen, history), self._kernel.traits, again.at)
         return "" if verdict.action is Action.DELETE else verdict.reason
 
-    async def _confirm(self, dev_id: int) -> tuple[Outcome, str]:
+    async def _confirm(self, deleted: Observation) -> tuple[Outcome, str]:
         """Wait for the id to become free; nothing but asking tells (freeing an id emits no event)."""
         pause, until = _FIRST_CONFIRM, self._clock() + CONFIRM_FOR
-        while await self._kernel.is_taken(dev_id):
+        while await self._kernel.is_taken(deleted.dev_id) and not await self._is_reused(deleted):
             if self._clock() > until:
                 return Outcome.DELETED_STILL_HELD, "its id frees itself when the last holder lets go"
             await asyncio.sleep(pause)
             pause *= 2
         return Outcome.DELETED, ""
+
+    async def _is_reused(self, deleted: Observation) -> bool:
+        """Whether the id belongs to another device already: a server that is restarted gets the lowest free one."""
+        of_the_deleted = (None, deleted.identity.sysfs_inode)
+        now = await self._kernel.observe([deleted.dev_id], {})
+        return all(each.identity.sysfs_inode not in of_the_deleted for each in now)
 
 
 def facts_of(seen: Observation, history: History) -> DeviceFacts:

@@ -118,7 +118,11 @@ class DaemonProcess:
         return None
 
 
-def command(*arguments: str, deadline: float = 90.0, **options: Any) -> subprocess.CompletedProcess[str]:
+def command(
+    *arguments: str,
+    deadline: float = 90.0,
+    **options: Any,  # noqa: ANN401 - subprocess.run's
+) -> subprocess.CompletedProcess[str]:
     """Run `duende-ublkd ARGUMENTS` once."""
     return subprocess.run(
         [sys.executable, "-m", "duende_ublkd", *arguments],

@@ -271,7 +271,8 @@ class FakeKernel:
     def close(self, instance: Instance, process: Process) -> None:
         """A process closes the char device and lives on."""
         instance.openers.remove(process)
-        instance.left_at = self._loop.time()
+        if process.visible and not self.hints_lost:  # what nobody can see asks for no grace
+            instance.left_at = self._loop.time()
         self._notice_close(instance)
 
     def stop(self, instance: Instance) -> None:

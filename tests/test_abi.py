@@ -262,7 +262,7 @@ def test_a_bit_without_a_name_is_still_told() -> None:
         (Command.STOP_DEV, errno.EPERM, errors.NotPermittedError, "not permitted: it takes CAP_SYS_ADMIN"),
         (Command.GET_DEV_INFO2, errno.EACCES, errors.NotPermittedError, "not permitted on this device's node"),
         (Command.DEL_DEV, errno.EINTR, errors.InterruptedCommandError, "deleted, but the wait for its last holder"),
-        (Command.DEL_DEV, errno.ECANCELED, errors.InterruptedCommandError, "cancelled before it began"),
+        (Command.DEL_DEV, errno.ECANCELED, errors.CommandError, "cancelled before it began"),
         (Command.STOP_DEV, errno.EINVAL, errors.CommandError, "the kernel calls the request invalid"),
         (Command.STOP_DEV, errno.EFAULT, errors.CommandError, os.strerror(errno.EFAULT)),
         (Command.STOP_DEV, 523, errors.CommandError, "Unknown error 523"),

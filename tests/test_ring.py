@@ -365,6 +365,7 @@ def test_an_entry_whose_caller_has_gone_before_the_kernel_took_it_does_nothing(p
         os.write(pipe.writer, b"not to be read")
         subject.busy = False
         await until(lambda: subject.stats.submitted == 2 and subject.stats.in_flight == 0)
+        os.set_blocking(pipe.reader, False)
         assert os.read(pipe.reader, 100) == b"not to be read"
         assert (subject.stats.overdue, subject.stats.late) == (0, 0)
 
@@ -389,9 +390,11 @@ def test_closing_ends_what_is_in_flight_and_what_waits(null: int, pipe: Pipe) ->
 
 
 def test_closing_does_not_wait_for_a_stuck_command_and_never_frees_its_buffer(pipe: Pipe) -> None:
+    owned: list[weakref.ref[Buffer]] = []
+
     async def body(subject: Ring) -> None:
         buffer = Buffer()
-        owned = weakref.ref(buffer)
+        owned.append(weakref.ref(buffer))
         stuck = asyncio.create_task(read(subject, pipe, deadline=None, buffer=buffer))
         await until(lambda: subject.stats.in_flight == 1)
         began = time.monotonic()
@@ -399,11 +402,10 @@ def test_closing_does_not_wait_for_a_stuck_command_and_never_frees_its_buffer(pi
         assert time.monotonic() - began < 1
         with pytest.raises(CommandOverdueError):
             await stuck
-        del stuck, buffer
-        gc.collect()
-        assert owned() is not None
 
     with_ring(body, DeafRing)
+    gc.collect()
+    assert owned[0]() is not None
 
 
 def test_closing_that_is_itself_cancelled_still_gives_the_ring_back(pipe: Pipe) -> None:

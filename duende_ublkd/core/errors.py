@@ -84,7 +84,7 @@ class NotPermittedError(CommandError):
 
 
 class InterruptedCommandError(CommandError):
-    """EINTR or ECANCELED: a cancelled wait. After DEL_DEV the device *is* deleted; only its id is still held."""
+    """EINTR: a cancelled wait. After DEL_DEV the device *is* deleted; only its id is still held."""
 
 
 class CommandOverdueError(DuendeError):

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 _FIRST_RETRY = 1.0  # seconds after a deletion that failed; doubles up to the longest
 _LONGEST_RETRY = 300.0
+_DOUBLINGS = 9  # and then it is beyond the longest anyway
+_LONGEST_BUSY = 30.0  # seconds between two attempts to claim what somebody unseen has open
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class History:
     death_seen: float | None = None
     overdue: Overdue | None = None
     failures: int = 0
+    times_busy: int = 0  # claims refused since it was last seen in use: somebody unseen has it
     paused_until: float = 0.0
     pause_reason: str = ""
     verdict: Verdict | None = None
@@ -73,10 +76,8 @@ class Ledger:
     def record(self, seen: Observation) -> History:
         """Add one look and return the history that includes it."""
         past = self._histories.get(seen.dev_id)
-        if past is None or not _same_instance(past.identity, seen.identity):
-            history = _begin(seen)
-        else:
-            history = _continue(past, seen)
+        known = past and _same_instance(past.identity, seen.identity)
+        history = _continue(past, seen) if past and known else _begin(seen)
         self._histories[seen.dev_id] = history
         return history
 
@@ -93,9 +94,16 @@ class Ledger:
         return history, (before or Verdict(VerdictKind.UNKNOWN, "never seen before")) if changed else None
 
     def note_open(self, dev_id: int, at: float) -> None:
-        """The kernel said that somebody has the char device open: the idle time starts anew after that."""
+        """The kernel said that somebody has the char device open: the idle time starts anew after that.
+
+        Once is a file just being closed, or another cleaner. More often it is somebody who cannot be seen: then the next
+        attempt, which is an open too, waits longer each time.
+        """
         if past := self._histories.get(dev_id):
-            self._histories[dev_id] = replace(past, seen_idle_since=at, idle_since=at)
+            self._histories[dev_id] = replace(past, seen_idle_since=at, idle_since=at, times_busy=past.times_busy + 1)
+            if past.times_busy:
+                pause = min(_FIRST_RETRY * 2 ** min(past.times_busy, _DOUBLINGS), _LONGEST_BUSY)
+                self.note_pause(dev_id, "somebody who cannot be seen has its char device open", at + pause)
 
     def note_death(self, dev_id: int, at: float) -> None:
         """Something told that the server died; only the first word counts."""
@@ -107,9 +115,8 @@ class Ledger:
         """A deletion failed: the next attempt waits, longer each time."""
         if past := self._histories.get(dev_id):
             self._histories[dev_id] = replace(past, failures=past.failures + 1)
-            self.note_pause(
-                dev_id, f"deleting it failed: {why}", at + min(_FIRST_RETRY * 2**past.failures, _LONGEST_RETRY)
-            )
+            pause = min(_FIRST_RETRY * 2 ** min(past.failures, _DOUBLINGS), _LONGEST_RETRY)
+            self.note_pause(dev_id, f"deleting it failed: {why}", at + pause)
 
     def note_pause(self, dev_id: int, why: str, until: float) -> None:
         """Nothing is done about this device for a while."""
@@ -121,9 +128,10 @@ class Ledger:
         if past := self._histories.get(dev_id):
             self._histories[dev_id] = replace(past, overdue=past.overdue or Overdue(command, at))
 
-    def note_answer(self, dev_id: int) -> None:
-        """The overdue command answered after all."""
-        if past := self._histories.get(dev_id):
+    def note_answer(self, dev_id: int, command: str) -> None:
+        """A command answered after all; lifts what that one's missed deadline imposed, and nothing else."""
+        past = self._histories.get(dev_id)
+        if past and past.overdue and past.overdue.command == command:
             self._histories[dev_id] = replace(past, overdue=None)
 
     def forget(self, dev_id: int) -> History | None:
@@ -207,6 +215,7 @@ def _continue(past: History, seen: Observation) -> History:
         seen_live=past.seen_live or _is_live(seen),
         seen_idle_since=(seen.at if past.seen_idle_since is None else past.seen_idle_since) if idle else None,
         idle_since=(seen.at if past.idle_since is None else past.idle_since) if idle else None,
+        times_busy=past.times_busy if idle else 0,
         server=served_now or past.server,
         disk_rdevs=_rdevs(seen) or past.disk_rdevs,
         death_seen=death_seen,

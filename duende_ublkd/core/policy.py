@@ -172,7 +172,9 @@ def _in_use(seen: Observation, past: History) -> Verdict | None:
 def _grace(past: History, policy: Policy, now: float) -> Verdict | None:
     """None when the grace is over. A server may delete for itself, or not have opened its new device yet."""
     if past.seen_idle_since is None or past.idle_since is None:
-        return Verdict(_on_its_way(past), "DEAD, its idle time only begins", look_again_in=policy.orphan_grace)
+        return Verdict(
+            _on_its_way(past), "DEAD, its idle time only begins", look_again_in=max(policy.orphan_grace, 0.02)
+        )
     settled_in = past.seen_idle_since + policy.orphan_grace - now
     set_up_in = 0.0 if past.seen_live else past.idle_since + policy.setup_grace - now
     idle = _span(now - past.idle_since)

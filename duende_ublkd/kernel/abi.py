@@ -181,7 +181,6 @@ _ERRORS: dict[int, type[CommandError]] = {
     errno.EPERM: NotPermittedError,
     errno.EACCES: NotPermittedError,
     errno.EINTR: InterruptedCommandError,
-    errno.ECANCELED: InterruptedCommandError,
 }
 
 _GENERAL = {

@@ -11,7 +11,8 @@ Rules:
 3. No more commands are in flight than the completion queue has room for; the rest wait their turn.
 
 liburing 2024.5.3 knows no 128-byte entries: a second mapping of them is written to instead. Its entries are handed out
-in order, so that the n-th one lies at (n & mask) * 128.
+in order, so that the n-th one lies at (n & mask) * 128. Only its compiled parts are loaded: the package's own __init__
+scans site-packages and writes a cache there, which fails where /usr is read-only, and costs 4 MiB and most of the time.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ import asyncio
 import contextlib
 import ctypes
 import errno
+import importlib
+import importlib.util
 import itertools
 import mmap
 import os
+import sys
+import types
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-import liburing
 
 from duende_ublkd.core.errors import CommandOverdueError, KernelUnavailableError
 from duende_ublkd.kernel import abi
@@ -35,10 +38,25 @@ from duende_ublkd.kernel import abi
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import liburing
+
 CANCEL_GRACE = 1.0  # seconds; an interruptible wait answers its cancellation in well under one millisecond
 CLOSE_GRACE = 1.0
 RETRY = 0.01  # seconds after which the kernel, short of memory, is offered the same entries again
 
+
+def _part_of_binding(name: str) -> types.ModuleType:
+    if "liburing" not in sys.modules:
+        spec = importlib.util.find_spec("liburing")
+        if spec is None or spec.submodule_search_locations is None:
+            raise ModuleNotFoundError("No module named 'liburing'", name="liburing")
+        package = types.ModuleType("liburing")
+        package.__path__ = list(spec.submodule_search_locations)
+        sys.modules["liburing"] = package
+    return importlib.import_module(f"liburing.{name}")
+
+
+_queue, _register = _part_of_binding("queue"), _part_of_binding("register")
 _errno = ctypes.CDLL(None)["__errno_location"]
 _errno.restype = ctypes.POINTER(ctypes.c_int)
 
@@ -100,18 +118,18 @@ class Ring:
         self._loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as undo:
             self._ring = _set_up(entries)
-            undo.callback(liburing.io_uring_queue_exit, self._ring)
+            undo.callback(_queue.io_uring_queue_exit, self._ring)
             self._entries = undo.enter_context(_map_entries(self._ring.ring_fd, entries))
             self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             undo.callback(os.close, self._event)
-            _checked(liburing.io_uring_register_eventfd, self._ring, self._event)
+            _checked(_register.io_uring_register_eventfd, self._ring, self._event)
             self._loop.add_reader(self._event, self._on_event)
             undo.callback(self._loop.remove_reader, self._event)
             self._give_back = undo.pop_all().close
         self._mask = entries - 1
         self._capacity = 2 * entries  # the kernel makes the completion queue twice as long as the submission queue
         self._tail = 0
-        self._cqe = liburing.io_uring_cqe()
+        self._cqe = _queue.io_uring_cqe()
         self._waiting: deque[_Flight] = deque()
         self._unsubmitted: deque[_Flight] = deque()  # written to the queue, and the kernel has not taken it yet
         self._in_flight: dict[int, _Flight] = {}
@@ -214,7 +232,7 @@ class Ring:
                 continue
             if flight.future and len(self._in_flight) >= self._capacity:
                 break  # cancellations go first and are exempt: they are what makes room
-            if not liburing.io_uring_get_sqe(self._ring):
+            if not _queue.io_uring_get_sqe(self._ring):
                 break
             self._write(self._waiting.popleft())
         return bool(self._unsubmitted)
@@ -233,7 +251,7 @@ class Ring:
         """One io_uring_enter; False when the kernel took nothing and wants to be asked again."""
         self._stats.system_calls += 1
         try:
-            sent = _checked(liburing.io_uring_submit, self._ring)
+            sent = _checked(_queue.io_uring_submit, self._ring)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EBUSY, errno.EINTR):
                 raise
@@ -245,12 +263,12 @@ class Ring:
 
     def _on_event(self) -> None:
         os.eventfd_read(self._event)
-        if liburing.io_uring_cq_has_overflow(self._ring):
+        if _queue.io_uring_cq_has_overflow(self._ring):
             self._stats.overflows += 1  # and peeking at the queue's end makes the kernel hand out what did not fit
         # One at a time: the binding has room for a single completion's address.
-        while liburing.io_uring_peek_batch_cqe(self._ring, self._cqe, 1):
+        while _queue.io_uring_peek_batch_cqe(self._ring, self._cqe, 1):
             user_data, result = self._cqe.user_data, self._cqe.res
-            liburing.io_uring_cq_advance(self._ring, 1)
+            _queue.io_uring_cq_advance(self._ring, 1)
             self._complete(self._in_flight.pop(user_data), result)
         if self._waiting:
             self._plan_flush()
@@ -309,9 +327,9 @@ def _checked(call: Callable[..., int], *arguments: object) -> int:
 
 
 def _set_up(entries: int) -> liburing.io_uring:
-    ring = liburing.io_uring()
+    ring = _queue.io_uring()
     try:
-        _checked(liburing.io_uring_queue_init, entries, ring, abi.IORING_SETUP_SQE128)
+        _checked(_queue.io_uring_queue_init, entries, ring, abi.IORING_SETUP_SQE128)
     except OSError as error:
         message, hint = _why_no_ring(error.errno or 0)
         raise KernelUnavailableError(message, hint=hint) from error

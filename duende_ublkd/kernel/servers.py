@@ -166,7 +166,6 @@ class DeathWatch:
             os.close(pidfd)
             self._tell_soon(pid)
             return
-        self._told.discard(pid)  # the number's next owner
         try:
             self._loop.add_reader(pidfd, self._died, pid)
         except OSError:  # the epoll limit of this user

@@ -1,7 +1,6 @@
 """The promises, kept by a running daemon on a real kernel."""
 
 import concurrent.futures
-import os
 import signal
 import subprocess
 import time
@@ -160,34 +159,6 @@ def test_a_mounted_device_whose_server_died_is_pinned_until_it_is_unmounted(daem
         daemon.wait_log("ublk11 is gone")
 
 
-def test_two_hundred_rounds_of_kill_and_readd_lose_no_live_device(daemon: DaemonProcess) -> None:
-    refused: list[float] = []
-    for _ in range(200):
-        began = time.monotonic()
-        while (server := _try_add(13)) is None:
-            assert time.monotonic() - began < 20, daemon.log[-3000:]
-        refused.append(time.monotonic() - began)
-        with server:
-            info = device_info(13)
-            assert info is not None
-            assert info.state == KernelState.LIVE
-    refused.sort()
-    print(f"\n200 rounds: id refused for {refused[100] * 1000:.0f} ms (median), {refused[-1] * 1000:.0f} ms (longest)")
-    wait_until(lambda: is_free(13), 20, "id 13 is free")
-    assert daemon.metric("duende_ublkd_actions_total", action="delete", outcome="deleted")
-
-
-def _try_add(dev_id: int) -> NativeServer | None:
-    """A started server, or None while the id is refused with EEXIST."""
-    server = NativeServer("--id", str(dev_id))
-    try:
-        server.wait_for("LIVE")
-    except AssertionError:
-        server.kill()
-        return None
-    return server
-
-
 def test_a_killed_and_restarted_daemon_loses_nothing(daemon: DaemonProcess) -> None:
     """SIGKILL while it looks, while it waits, while it deletes: the next one finishes."""
     for pause in (0.0, 0.05, 0.25, 0.3, 0.4):
@@ -243,56 +214,3 @@ def test_a_second_daemon_is_refused_by_name(daemon: DaemonProcess) -> None:
     assert second.returncode == 2
     assert f"another duende-ublkd runs already, as pid {daemon.process.pid}" in second.stderr
     assert "try:" in second.stderr
-
-
-def test_sixty_four_servers_dying_at_once_leave_all_ids_free() -> None:
-    """Prints the daemon's time beside that of a C program that sends the same deletions in one batch."""
-    ids = [str(dev_id) for dev_id in range(100, 164)]
-    config = QUICK.replace('"200ms"', '"0s"')
-    with DaemonProcess(config) as daemon:
-        _start_and_kill(ids, lambda: daemon.wait_log(r"ublk163 is live"))
-        began = time.monotonic()
-        wait_until(lambda: all(is_free(int(each)) for each in ids), 60, "all 64 ids are free")
-        took = time.monotonic() - began
-        assert daemon.stop() == 0
-    _start_and_kill(ids, lambda: None)
-    for each in ids:
-        wait_for_state(int(each), KernelState.DEAD)
-    done = subprocess.run(["batch_delete", *ids], check=True, capture_output=True, text=True)
-    print(
-        f"\n64 devices: the daemon {took * 1000:.0f} ms after the last kill, grace 0; the C program: {done.stdout.strip()}"
-    )
-    assert all(is_free(int(each)) for each in ids)
-
-
-def _start_and_kill(ids: list[str], when_up: object) -> None:
-    servers = [NativeServer("--id", each, "--depth", "4", "--size", "1") for each in ids]
-    for server in servers:
-        server.wait_for("LIVE")
-    assert callable(when_up)
-    when_up()
-    for server in servers:
-        os.kill(server.pid, signal.SIGKILL)
-    for server in servers:
-        server.kill()
-
-
-def test_a_swap_whose_server_died_is_pinned_and_named_and_the_rest_goes_on() -> None:
-    """Last in this file: nothing but a reboot frees this id (swapoff finds no path any more)."""
-    with DaemonProcess(QUICK) as daemon, NativeServer("--id", "21") as other:
-        server = ServerProcess.start(id=20, target="ram", size=16)  # not left through `with`: it could not delete 20
-        server.wait_for("after-start")
-        other.wait_for("LIVE")
-        subprocess.run(["mkswap", block_device(20)], check=True, stdout=subprocess.DEVNULL)
-        subprocess.run(["swapon", block_device(20)], check=True)
-        daemon.wait_verdict(20, "live")
-        server.kill()
-        device = daemon.wait_verdict(20, "pinned")
-        assert any(holder["kind"] == "swap" for holder in device["holders"]), device
-        assert "swap /dev/ublkb20" in device["reason"], device
-        other.kill()
-        wait_until(lambda: is_free(21), 20, "the other device's id is free")
-        done = command("clean")
-        assert done.returncode == 1
-        assert "ublk20 left, pinned" in done.stdout
-        assert daemon.stop() == 0

@@ -1,5 +1,6 @@
 """The guest is what the other tests in this directory take for granted."""
 
+import asyncio
 import importlib
 import os
 import platform
@@ -10,6 +11,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+
+from duende_ublkd.kernel.ring import Ring
 
 
 def test_the_kernel_is_the_one_that_the_lab_booted() -> None:
@@ -31,10 +34,10 @@ def test_libudev_is_found_at_run_time() -> None:
 
 
 def test_io_uring_is_there() -> None:
-    liburing = importlib.import_module("liburing")
-    ring = liburing.io_uring()
-    assert liburing.io_uring_queue_init(8, ring, 0) == 0
-    liburing.io_uring_queue_exit(ring)
+    async def make_and_close() -> None:
+        await Ring(8).close()
+
+    asyncio.run(make_and_close())
 
 
 def test_the_loopback_interface_is_up() -> None:

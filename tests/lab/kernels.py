@@ -218,16 +218,14 @@ def _mirror() -> str:
     if release.get("ID", "").strip('"') != "debian":
         raise LabError("only Debian's own mirrors have the lab's kernels, and this is not Debian", OWN_KERNEL_HINT)
     codename = release.get("VERSION_CODENAME", "").strip('"')
-    listed = subprocess.run(
-        ["apt-get", "indextargets", "--format", "$(REPO_URI) $(CODENAME) $(RELEASE)"],
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
-    for line in listed.splitlines():
-        uri, *suites = line.split()
-        if codename in suites and not uri.startswith("cdrom:"):
-            return uri
+    # Without package lists (a fresh container) apt knows what its sources say, and only if told to look no further.
+    for further in ([], ["--no-release-info"]):
+        command = ["apt-get", "indextargets", *further, "--format", "$(REPO_URI) $(CODENAME) $(RELEASE)"]
+        listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        for line in listed.splitlines():
+            uri, *suites = line.split()
+            if codename in suites and not uri.startswith("cdrom:"):
+                return uri
     raise LabError(
         f"apt on this machine names no mirror of {codename}", "check /etc/apt/sources.list*, then: sudo apt-get update"
     )

@@ -1,0 +1,318 @@
+"""Any history whatever of devices, servers, holders and daemons: nothing in use is deleted, and no orphan stays."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from duende_ublkd.core.config import Config
+from duende_ublkd.core.errors import BusyError
+from duende_ublkd.core.model import Feature, Holder, Judged, KernelState, PassReport
+from duende_ublkd.core.policy import Traits
+from duende_ublkd.reconcile import Agenda, Reconciler
+from tests.fake_kernel import FakeKernel, Fault, Instance, VirtualLoop
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# The same histories on every machine; `HYPOTHESIS_PROFILE=search` goes looking for new ones.
+settings.register_profile("ci", max_examples=250, stateful_step_count=40, deadline=None, derandomize=True)
+settings.register_profile("search", max_examples=20_000, stateful_step_count=60, deadline=None, print_blob=True)
+PROFILE = settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+RESYNC = Config().daemon.resync_interval
+LONGEST_WAIT = 300 + 10 * RESYNC  # seconds: the longest pause after a failed deletion, and some full looks
+PLAIN = 0
+QUEUEING = int(Feature.USER_RECOVERY)
+FAILING = int(Feature.USER_RECOVERY | Feature.USER_RECOVERY_FAIL_IO)
+UNPRIVILEGED = int(Feature.UNPRIVILEGED_DEV)
+which = st.integers(min_value=0, max_value=5)
+
+
+class Silent:
+    """A reporter that nobody listens to."""
+
+    def intends(self, device: Judged) -> None:
+        pass
+
+    def passed(self, report: PassReport) -> None:
+        pass
+
+
+class Daemon:
+    """One life of the daemon's loop, without its pages and signals."""
+
+    def __init__(self, loop: VirtualLoop, kernel: FakeKernel) -> None:
+        self._agenda = Agenda(loop)
+        self._reconciler = Reconciler(kernel, Config(), Silent(), self._agenda, clock=loop.time)
+        self.task = loop.create_task(self._run())
+        kernel.hint = self._agenda.soon
+        kernel.on_late = self._on_late
+
+    async def _run(self) -> None:
+        self._agenda.soon(None)
+        while True:
+            dev_ids = await self._agenda.next()
+            await self._reconciler.run_pass(dev_ids)
+            if dev_ids is None:
+                self._agenda.later(None, RESYNC)
+
+    def _on_late(self, command: str, dev_id: int) -> None:
+        self._reconciler.ledger.note_answer(dev_id, command)
+        self._agenda.soon(dev_id)
+
+    async def die(self) -> None:
+        """As with SIGKILL: whatever was under way ends where it is."""
+        tasks = [self.task, *self._reconciler._deeds.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def is_deletable(instance: Instance) -> bool:
+    return (
+        instance.listed
+        and not instance.openers
+        and instance.state == KernelState.DEAD
+        and instance.disk is None
+        and instance.has_node
+    )
+
+
+def is_served(instance: Instance) -> bool:
+    return instance.state == KernelState.LIVE and bool(instance.openers)
+
+
+def is_unserved(instance: Instance) -> bool:
+    """By its state; a new server may have it open."""
+    return instance.listed and instance.state in (KernelState.QUIESCED, KernelState.FAIL_IO)
+
+
+def happens_to(
+    wanted: Callable[[Instance], bool], **arguments: st.SearchStrategy[Any]
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A rule for one of the devices that fit; it waits until there is one."""
+
+    def fitting(machine: Histories) -> list[Instance]:
+        return [instance for instance in machine.kernel.taken.values() if wanted(instance)]
+
+    def decorate(event: Callable[..., None]) -> Callable[..., None]:
+        def happen(machine: Histories, number: int, **chosen: Any) -> None:  # noqa: ANN401 - whatever the event takes
+            devices = fitting(machine)
+            event(machine, devices[number % len(devices)], **chosen)
+
+        happen.__name__ = event.__name__
+        ruled: Callable[..., None] = rule(number=which, **arguments)(happen)  # type: ignore[call-overload]  # an event may take anything
+        return precondition(lambda machine: bool(fitting(machine)))(ruled)
+
+    return decorate
+
+
+class Histories(RuleBasedStateMachine):
+    """Each rule is something that servers, administrators, kernels or bad luck do; the daemon runs all the time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = VirtualLoop()
+        self.kernel = FakeKernel(self.loop)
+        self.daemon = Daemon(self.loop, self.kernel)
+
+    def teardown(self) -> None:
+        try:
+            self.everybody_comes_to_rest()
+            alive = [each for each in self.kernel.taken.values() if each.listed and not is_deletable(each)]
+            self.loop.run_until_complete(asyncio.sleep(LONGEST_WAIT))
+            self.nothing_in_use_was_touched()
+            self.the_daemon_runs()
+            left = list(self.kernel.taken.values())
+            assert [each for each in left if is_deletable(each)] == [], "an orphan is left"
+            assert [each for each in left if not each.listed and not each.openers] == [], "an id is left"
+            assert [each for each in alive if each not in left] == [], "somebody's device is gone"
+        finally:
+            self.loop.run_until_complete(self.daemon.die())
+            self.loop.close()
+
+    def everybody_comes_to_rest(self) -> None:
+        """No hint helps from now on, and nothing else happens."""
+        kernel = self.kernel
+        kernel.hints_lost = True
+        kernel.unavailable = kernel.looks_are_overdue = False
+        kernel.sees_everything = True
+        kernel.troubles.clear()
+        self.loop.run_until_complete(asyncio.sleep(60))  # what is under way meets its fault, its deadline, its end
+        kernel.faults.clear()
+        for instance in list(kernel.taken.values()):
+            if instance.overdue:
+                kernel.answer(instance, works=False)
+            if not instance.listed:
+                kernel.let_go(instance)
+
+    # The daemon's promises
+
+    @invariant()
+    def nothing_in_use_was_touched(self) -> None:
+        assert self.kernel.violations == []
+
+    @invariant()
+    def the_daemon_runs(self) -> None:
+        if self.daemon.task.done():
+            self.daemon.task.result()
+
+    # Kernels, and what goes wrong with them
+
+    @initialize(
+        generation=st.sampled_from([(True, True), (False, True), (False, False)]),
+        settles_in=st.sampled_from([0.05, 0.7, 29.0]),
+        disk_goes_first=st.booleans(),
+    )
+    def boot(self, generation: tuple[bool, bool], settles_in: float, *, disk_goes_first: bool) -> None:
+        self.kernel.driver = Traits(*generation)
+        # The version says less than the driver: async deletion is believed in until it is refused.
+        self.kernel.traits = Traits(async_delete=True, delete_can_be_cancelled=generation[1])
+        self.kernel.settles_in = settles_in
+        self.kernel.disk_goes_first = disk_goes_first
+
+    @rule(seconds=st.sampled_from([0.0005, 0.001, 0.0015, 0.002, 0.004, 0.05, 0.1, 0.3, 0.6, 2.0, 15.0, 31.0, 62.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.loop.run_until_complete(asyncio.sleep(seconds))
+
+    @rule(lost=st.booleans())
+    def hints_are_lost_or_not(self, *, lost: bool) -> None:
+        self.kernel.hints_lost = lost
+
+    @rule(dev_id=which)
+    def a_stray_hint_arrives(self, dev_id: int) -> None:
+        self.kernel.hint(dev_id)
+
+    @rule(dev_id=which, fault=st.sampled_from([Fault.REFUSED, Fault.OVERDUE, Fault.ALREADY_DONE]))
+    def a_deletion_will_go_wrong(self, dev_id: int, fault: Fault) -> None:
+        self.kernel.faults[dev_id] = fault
+
+    @happens_to(lambda each: bool(each.overdue), works=st.booleans())
+    def an_overdue_command_answers(self, instance: Instance, *, works: bool) -> None:
+        self.kernel.answer(instance, works=works)
+
+    @rule(dev_id=which, seconds=st.sampled_from([0.001, 0.4, 8.0]))
+    def deletions_are_slow(self, dev_id: int, seconds: float) -> None:
+        self.kernel.deletion_takes[dev_id] = seconds
+
+    @rule(unavailable=st.booleans())
+    def the_control_device_comes_and_goes(self, *, unavailable: bool) -> None:
+        self.kernel.unavailable = unavailable
+
+    @rule(overdue=st.booleans())
+    def looks_are_overdue(self, *, overdue: bool) -> None:
+        self.kernel.looks_are_overdue = overdue
+
+    @rule(dev_id=which, trouble=st.sampled_from(["", "GET_DEV_INFO has not answered"]))
+    def a_device_gives_no_answer(self, dev_id: int, trouble: str) -> None:
+        self.kernel.troubles[dev_id] = trouble
+
+    @rule(everything=st.booleans(), clock_was_set=st.booleans())
+    def the_view_is_dim(self, *, everything: bool, clock_was_set: bool) -> None:
+        self.kernel.sees_everything, self.kernel.clock_was_set = everything, clock_was_set
+
+    @rule()
+    def the_daemon_is_killed_and_starts_again(self) -> None:
+        self.loop.run_until_complete(self.daemon.die())
+        self.daemon = Daemon(self.loop, self.kernel)
+
+    # Servers
+
+    @precondition(lambda self: len(self.kernel.taken) < 5)
+    @rule(
+        flags=st.sampled_from([PLAIN, PLAIN, QUEUEING, FAILING, UNPRIVILEGED]),
+        visible=st.sampled_from([True, True, False]),
+        state=st.sampled_from([KernelState.DEAD] * 5 + [KernelState.LIVE, KernelState.QUIESCED]),
+    )
+    def a_server_adds_a_device(self, flags: int, *, visible: bool, state: int) -> None:
+        self.kernel.add(self.kernel.process(visible=visible), flags=flags, state=state)
+
+    @precondition(lambda self: len(self.kernel.taken) < 5)
+    @rule(flags=st.sampled_from([PLAIN, PLAIN, QUEUEING, FAILING, UNPRIVILEGED]))
+    def a_server_starts_up(self, flags: int) -> None:
+        self.kernel.serve(flags=flags)
+
+    @happens_to(lambda each: each.listed and each.adder.alive and not (each.started or each.openers or each.claimed))
+    def a_server_opens_its_device(self, instance: Instance) -> None:
+        with contextlib.suppress(BusyError):
+            self.kernel.open(instance)
+
+    @happens_to(lambda each: each.listed and bool(each.openers) and not each.started, disk_later=st.booleans())
+    def a_server_starts_its_device(self, instance: Instance, *, disk_later: bool) -> None:
+        self.kernel.start(instance, disk_later=disk_later)
+
+    @happens_to(lambda each: is_served(each) and each.started and each.disk is None)
+    def a_disk_appears(self, instance: Instance) -> None:
+        self.kernel.show_disk(instance)
+
+    @happens_to(lambda each: bool(each.openers), visible=st.booleans(), opener_dies=st.booleans())
+    def a_server_forks(self, instance: Instance, *, visible: bool, opener_dies: bool) -> None:
+        opener = instance.openers[0]
+        self.kernel.share(instance, self.kernel.process("worker", visible=visible))
+        if opener_dies:
+            self.kernel.kill(opener)
+
+    @happens_to(lambda each: bool(each.openers))
+    def a_server_dies(self, instance: Instance) -> None:
+        self.kernel.kill(instance.openers[0])
+
+    @happens_to(lambda each: not each.openers and each.adder.alive)
+    def a_server_dies_before_it_opens_its_device(self, instance: Instance) -> None:
+        self.kernel.kill(instance.adder)
+
+    @happens_to(lambda each: is_served(each) and len(each.openers) == 1, after=st.sampled_from([0.0, 0.001, 0.1, 0.4]))
+    def a_server_stops_closes_and_deletes(self, instance: Instance, after: float) -> None:
+        self.kernel.stop(instance)
+        self.kernel.close(instance, instance.openers[0])
+        self.loop.call_later(after, self.kernel.delete, instance)
+
+    @happens_to(is_served)
+    def a_server_stops_its_device_and_keeps_it_open(self, instance: Instance) -> None:
+        self.kernel.stop(instance)
+
+    @happens_to(lambda each: is_unserved(each) and not each.openers)
+    def a_new_server_takes_over(self, instance: Instance) -> None:
+        with contextlib.suppress(BusyError):
+            self.kernel.recover(instance, self.kernel.process())
+
+    @happens_to(lambda each: is_unserved(each) and bool(each.openers))
+    def a_recovery_ends(self, instance: Instance) -> None:
+        self.kernel.finish_recovery(instance)
+
+    @happens_to(lambda each: each.pid > 0)
+    def the_pid_of_a_server_is_used_again(self, instance: Instance) -> None:
+        if not self.kernel.processes[instance.pid].alive:
+            self.kernel.recycle(instance.pid)
+
+    # Administrators, and users of the disks
+
+    @happens_to(lambda each: each.listed and each.disk is not None)
+    def an_administrator_stops_a_device(self, instance: Instance) -> None:
+        self.kernel.stop(instance)
+
+    @happens_to(lambda each: each.listed)
+    def an_administrator_deletes_a_device(self, instance: Instance) -> None:
+        self.kernel.delete(instance)
+
+    @happens_to(lambda each: each.disk is not None)
+    def a_disk_is_mounted(self, instance: Instance) -> None:
+        self.kernel.hold(instance, Holder("mount", "/srv (ext4)"))
+
+    @happens_to(lambda each: bool(each.holders))
+    def a_disk_is_unmounted(self, instance: Instance) -> None:
+        self.kernel.let_go(instance)
+
+    @happens_to(lambda each: each.listed)
+    def a_node_is_removed_by_hand(self, instance: Instance) -> None:
+        instance.has_node = False
+
+
+TestHistories = Histories.TestCase
+TestHistories.settings = settings(PROFILE, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])

@@ -1,0 +1,260 @@
+"""What people are told: log lines, metrics, the table, the JSON, the pages."""
+
+import asyncio
+import json
+import logging
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from duende_ublkd.core.errors import UsageError
+from duende_ublkd.core.model import (
+    Action,
+    Deed,
+    DevInfo,
+    Disk,
+    Holder,
+    Identity,
+    Judged,
+    Observation,
+    Outcome,
+    PassReport,
+    Server,
+    Usage,
+    Verdict,
+    VerdictKind,
+)
+from duende_ublkd.core.text import printable
+from duende_ublkd.report import present
+from duende_ublkd.report.journal import Journal
+from duende_ublkd.report.metrics import Metrics
+from duende_ublkd.report.web import WebServer
+
+HOSTILE = 'e"vil\n} 1\x1b[2J\\'
+
+
+def a_device(
+    dev_id: int = 3, *, kind: VerdictKind = VerdictKind.LIVE, reason: str = "served by 7", **seen: object
+) -> Judged:
+    now = time.monotonic()
+    observation = Observation(
+        dev_id,
+        now,
+        DevInfo(dev_id, state=1, server_pid=7, flags=0b1000, queues=2, queue_depth=64),
+        Identity(1000 + dev_id, (240, dev_id)),
+        f"/dev/ublkc{dev_id}",
+        Disk((259, dev_id), 9),
+        Server(7, alive=True, comm="loop", exe="/usr/bin/loop", unit="disk.service"),
+        Usage((), (Holder("mount", "/srv (ext4)"),)),
+    )
+    action = Action.ALERT if kind in (VerdictKind.UNKNOWN, VerdictKind.PINNED) else Action.NONE
+    return Judged(replace(observation, **seen), Verdict(kind, reason, action), now - 90)  # type: ignore[arg-type]
+
+
+def a_report(*devices: Judged, **more: object) -> PassReport:
+    report = PassReport(0.0, 0.01, full=True, devices={device.seen.dev_id: device for device in devices})
+    return replace(report, **more)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture) -> Iterator[list[tuple[str, str]]]:
+    told: list[tuple[str, str]] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append((record.levelname, record.getMessage()))
+
+    log = logging.getLogger("duende_ublkd")
+    collector = Collector()
+    log.addHandler(collector)
+    with caplog.at_level(logging.INFO, log.name):
+        yield told
+    log.removeHandler(collector)
+
+
+def test_a_steady_state_is_silent(lines: list[tuple[str, str]]) -> None:
+    journal = Journal()
+    journal.passed(a_report(a_device()))
+    journal.passed(a_report(a_device()))
+    assert lines == []
+
+
+def test_each_change_is_one_line_with_the_sentence(lines: list[tuple[str, str]]) -> None:
+    device = a_device(kind=VerdictKind.ORPHANED, reason="server 7 (loop) died, device DEAD")
+    journal = Journal()
+    journal.passed(a_report(device, changed=(device,)))
+    journal.intends(device)
+    deed = Deed(3, Action.DELETE, Outcome.DELETED, "", 0.003, 0.512)
+    journal.passed(a_report(gone=(device,), deeds=(deed,)))
+    assert lines == [
+        ("INFO", "ublk3 is orphaned: server 7 (loop) died, device DEAD"),
+        ("INFO", "ublk3: deleting it: server 7 (loop) died, device DEAD"),
+        (
+            "WARNING",
+            "ublk3 deleted: server 7 (loop) died, device DEAD; id free again after 3 ms, 512 ms after the death was seen",
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "level"),
+    [
+        (None, "ERROR"),
+        (Outcome.SPARED, "INFO"),
+        (Outcome.ALREADY_GONE, "INFO"),
+        (Outcome.DELETED_STILL_HELD, "WARNING"),
+    ],
+)
+def test_every_outcome_has_its_level(lines: list[tuple[str, str]], outcome: Outcome | None, level: str) -> None:
+    Journal().passed(a_report(deeds=(Deed(3, Action.DELETE, outcome, "because", 0.1),)))
+    assert lines[0][0] == level
+    assert "because" in lines[0][1]
+
+
+def test_a_missing_driver_is_told_once_and_its_return_too(lines: list[tuple[str, str]]) -> None:
+    journal = Journal()
+    for trouble in ("it is missing", "it is missing", "", ""):
+        journal.passed(a_report(trouble=trouble))
+    assert [text for _, text in lines] == ["it is missing", "the ublk driver answers again"]
+
+
+def test_metrics_show_devices_of_the_last_pass_and_none_that_are_gone() -> None:
+    metrics = Metrics()
+    metrics.passed(a_report(a_device(3), a_device(4)))
+    text = metrics.render().decode()
+    assert 'duende_ublkd_devices{verdict="live"} 2.0' in text
+    assert 'duende_ublkd_device_info{dev_id="4",kernel_state="LIVE",server_comm="loop",unit="disk.service"} 1.0' in text
+    assert 'duende_ublkd_device_verdict_since_timestamp_seconds{dev_id="3",verdict="live"}' in text
+    metrics.passed(a_report(a_device(3)))
+    assert 'dev_id="4"' not in metrics.render().decode()
+
+
+def test_metrics_count_what_was_done() -> None:
+    metrics = Metrics()
+    metrics.passed(a_report(deeds=(Deed(3, Action.DELETE, Outcome.DELETED, "", 0.003, 0.5),)))
+    metrics.passed(a_report(deeds=(Deed(3, Action.DELETE, None, "EPERM", 0.003),)))
+    metrics.command("GET_DEV_INFO", "ok", 0.0002)
+    metrics.uevent("block", "remove")
+    metrics.overflowed()
+    metrics.overdue_from(lambda: 5)
+    text = metrics.render().decode()
+    for sample in (
+        'duende_ublkd_actions_total{action="delete",outcome="deleted"} 1.0',
+        'duende_ublkd_actions_total{action="delete",outcome="failed"} 1.0',
+        "duende_ublkd_reaction_seconds_count 1.0",
+        'duende_ublkd_control_commands_total{command="GET_DEV_INFO",result="ok"} 1.0',
+        'duende_ublkd_uevents_total{action="remove",subsystem="block"} 1.0',
+        "duende_ublkd_uevent_overflows_total 1.0",
+        "duende_ublkd_commands_overdue 5.0",
+    ):
+        assert sample in text, sample
+
+
+def test_hostile_names_break_neither_log_nor_metrics_nor_table() -> None:
+    server = Server(7, alive=True, comm=printable(HOSTILE), exe=printable(HOSTILE), unit=printable(HOSTILE))
+    device = a_device(server=server, reason=f"served by {server}")
+    metrics = Metrics()
+    metrics.passed(a_report(device))
+    for line in metrics.render().decode().splitlines():
+        assert line.isprintable()
+        assert line.startswith(("#", "duende_ublkd_"))
+    assert len(present.table([device], 80).splitlines()) == 2
+    assert json.loads(json.dumps(present.as_object(device)))["server"]["comm"] == printable(HOSTILE)
+
+
+def test_the_json_has_every_field_of_the_contract() -> None:
+    shown = present.as_object(a_device())
+    assert shown | {"since": ""} == {
+        "dev_id": 3,
+        "verdict": "live",
+        "reason": "served by 7",
+        "action": "none",
+        "kernel_state": "LIVE",
+        "flags": ["USER_RECOVERY"],
+        "queues": 2,
+        "queue_depth": 64,
+        "owner_uid": 0,
+        "server": {"pid": 7, "alive": True, "comm": "loop", "exe": "/usr/bin/loop", "unit": "disk.service"},
+        "holders": [{"kind": "mount", "what": "/srv (ext4)"}],
+        "since": "",
+        "block_device": "/dev/ublkb3",
+        "char_device": "/dev/ublkc3",
+    }
+    assert shown["since"].endswith("+00:00")
+
+
+@pytest.mark.parametrize("width", [40, 80, 200])
+def test_the_table_fits_the_terminal(width: int) -> None:
+    devices = [a_device(dev_id, reason="a reason that is longer than any terminal " * 5) for dev_id in (3, 4, 1048575)]
+    lines = present.table(devices, width).splitlines()
+    assert len(lines) == 4
+    assert all(len(line) <= width for line in lines)
+
+
+def test_no_device_is_said_plainly() -> None:
+    assert present.table([], 80) == "No ublk devices."
+
+
+def test_a_device_without_an_answer_is_shown_all_the_same() -> None:
+    device = a_device(kind=VerdictKind.UNKNOWN, info=None, usage=None, disk=None, server=None, char_device=None)
+    assert present.as_object(device)["queues"] is None
+    assert "not known" in present.explain(device, "policy", "default")
+    assert "UNKNOWN" in present.table([device], 100)
+
+
+@dataclass
+class ASource:
+    devices: dict[int, Judged] = field(default_factory=dict)
+    is_ready: bool = True
+
+
+def ask(source: ASource, path: str) -> tuple[int, str]:
+    async def serve() -> tuple[int, str]:
+        server = WebServer(source, Metrics())
+        await server.listen("127.0.0.1", PORT)
+        try:
+            return await asyncio.to_thread(fetch, path)
+        finally:
+            await server.close()
+
+    return asyncio.run(serve())
+
+
+PORT = 19116
+
+
+def fetch(path: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}{path}", timeout=10) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.read().decode()
+
+
+def test_the_pages_answer() -> None:
+    source = ASource({3: a_device()})
+    assert ask(source, "/-/healthy") == (200, "healthy\n")
+    assert ask(source, "/-/ready") == (200, "ready\n")
+    assert ask(ASource(is_ready=False), "/-/ready") == (503, "not ready\n")
+    assert json.loads(ask(source, "/api/v1/devices")[1])[0]["dev_id"] == 3
+    assert "duende_ublkd_build_info" in ask(source, "/metrics")[1]
+    assert ask(source, "/nowhere")[0] == 404
+
+
+def test_a_port_in_use_is_an_error_with_a_hint() -> None:
+    async def twice() -> None:
+        first, second = WebServer(ASource(), Metrics()), WebServer(ASource(), Metrics())
+        await first.listen("127.0.0.1", PORT)
+        try:
+            await second.listen("127.0.0.1", PORT)
+        finally:
+            await first.close()
+
+    with pytest.raises(UsageError, match=r"cannot listen on 127\.0\.0\.1:19116: ") as told:
+        asyncio.run(twice())
+    assert "[http] listen" in told.value.hint
