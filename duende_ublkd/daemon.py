@@ -68,6 +68,7 @@ class Daemon:
         self._web = await self._listen(self._config.http.listen)
         self._nodes = NodeWatch(self)
         uevents = Uevents(self)
+        self._parts.kernel.saw_disk = uevents.saw_disk
         self._take_signals()
         try:
             await self._look_until_stopped()
@@ -110,7 +111,9 @@ class Daemon:
         """Nothing to do before a deed."""
 
     def passed(self, report: PassReport) -> None:
-        """Watch what the pass found: the servers' lives and the nodes' opens and closes."""
+        """Watch what a pass found: the servers' lives and the nodes' opens and closes."""
+        if report.is_deed:
+            return
         self._trouble = report.trouble
         servers = {
             each.seen.server.pid for each in report.devices.values() if each.seen.server and each.seen.server.alive

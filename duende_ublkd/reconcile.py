@@ -12,6 +12,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
@@ -129,10 +130,10 @@ class Agenda:
                 return due
             self._changed.clear()
             times = [*self._due.values(), *([] if self._all_due is None else [self._all_due])]
-            try:
-                await asyncio.wait_for(self._changed.wait(), max(min(times) - now, 0.0) if times else None)
-            except TimeoutError:
-                continue
+            with contextlib.suppress(TimeoutError):
+                # Not wait_for(), which up to Python 3.11 swallows a cancellation that meets the event being set.
+                async with asyncio.timeout(max(min(times) - now, 0.0) if times else None):
+                    await self._changed.wait()
 
 
 class Reconciler:

@@ -340,12 +340,13 @@ class FakeKernel:
     def _see(self, instance: Instance) -> Observation:
         now, dev_id = self._loop.time(), instance.dev_id
         trouble = self.troubles.get(dev_id, "")
+        unseen = not instance.listed and bool(instance.flags & Feature.UNPRIVILEGED_DEV)  # asked about by path only
         info = DevInfo(dev_id, instance.state, instance.pid, instance.flags, queues=1, queue_depth=128)
         process = self.processes.get(instance.pid)
         return Observation(
             dev_id,
             now,
-            None if trouble else info,
+            None if trouble or unseen else info,
             self._identity(instance),
             f"/dev/ublkc{dev_id}" if instance.has_node else None,
             instance.disk,
@@ -442,11 +443,9 @@ class FakeClaim:
 
     async def delete(self, info: DevInfo) -> None:
         kernel, instance = self._kernel, self._instance
-        if info.unprivileged or not kernel.traits.async_delete:
-            await self._delete_and_wait()
-            return
-        if not kernel.driver.async_delete:
-            kernel.traits = kernel.driver
+        if not info.unprivileged:
+            kernel.traits = kernel.driver  # async deletion is tried, whatever is believed
+        if info.unprivileged or not kernel.driver.async_delete:
             await self._delete_and_wait()
             return
         await self._send("DEL_DEV_ASYNC")

@@ -145,12 +145,12 @@ class Histories(RuleBasedStateMachine):
         kernel.unavailable = kernel.looks_are_overdue = False
         kernel.sees_everything = True
         kernel.troubles.clear()
-        self.loop.run_until_complete(asyncio.sleep(60))  # what is under way meets its fault, its deadline, its end
         kernel.faults.clear()
+        self.loop.run_until_complete(asyncio.sleep(60))  # what is under way meets its deadline or its end
         for instance in list(kernel.taken.values()):
             if instance.overdue:
                 kernel.answer(instance, works=False)
-            if not instance.listed:
+            if instance.disk is None:
                 kernel.let_go(instance)
 
     # The daemon's promises
@@ -170,11 +170,14 @@ class Histories(RuleBasedStateMachine):
         generation=st.sampled_from([(True, True), (False, True), (False, False)]),
         settles_in=st.sampled_from([0.05, 0.7, 29.0]),
         disk_goes_first=st.booleans(),
+        believes_in_async=st.booleans(),
     )
-    def boot(self, generation: tuple[bool, bool], settles_in: float, *, disk_goes_first: bool) -> None:
+    def boot(
+        self, generation: tuple[bool, bool], settles_in: float, *, disk_goes_first: bool, believes_in_async: bool
+    ) -> None:
         self.kernel.driver = Traits(*generation)
-        # The version says less than the driver: async deletion is believed in until it is refused.
-        self.kernel.traits = Traits(async_delete=True, delete_can_be_cancelled=generation[1])
+        # What the version says of async deletion may be wrong either way.
+        self.kernel.traits = Traits(generation[1] and believes_in_async, generation[1])
         self.kernel.settles_in = settles_in
         self.kernel.disk_goes_first = disk_goes_first
 

@@ -41,7 +41,8 @@ class History:
     last_seen: float
     phase: tuple[object, ...]  # kernel state, has a disk, has a node, is served
     phase_since: float
-    seen_live: bool = False  # LIVE with a disk: it was started, and can never be again once it is DEAD
+    seen_live: bool = False  # a look found it LIVE with a disk
+    had_disk: bool = False  # the last look had that from an event
     seen_idle_since: float | None = None  # we saw it DEAD, without disk, not known to be open, ever since
     idle_since: float | None = None  # it has been so, for what can be told of the time before our first look
     server: Server | None = None  # the last one known alive
@@ -54,6 +55,11 @@ class History:
     pause_reason: str = ""
     verdict: Verdict | None = None
     verdict_since: float = 0.0
+
+    @property
+    def was_live(self) -> bool:
+        """It was started, and can never be again once it is DEAD (START_DEV: UB_STATE_USED)."""
+        return self.seen_live or self.had_disk
 
 
 class Ledger:
@@ -191,6 +197,7 @@ def _begin(seen: Observation) -> History:
         phase=_phase(seen),
         phase_since=seen.at,
         seen_live=_is_live(seen),
+        had_disk=seen.had_disk,
         seen_idle_since=seen.at if idle else None,
         idle_since=seen.at - (seen.age or 0.0) if idle else None,
         server=_known_server(seen),
@@ -213,6 +220,7 @@ def _continue(past: History, seen: Observation) -> History:
         phase=phase,
         phase_since=past.phase_since if phase == past.phase else seen.at,
         seen_live=past.seen_live or _is_live(seen),
+        had_disk=seen.had_disk,
         seen_idle_since=(seen.at if past.seen_idle_since is None else past.seen_idle_since) if idle else None,
         idle_since=(seen.at if past.idle_since is None else past.idle_since) if idle else None,
         times_busy=past.times_busy if idle else 0,

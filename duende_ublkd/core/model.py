@@ -156,6 +156,7 @@ class Observation:
     usage: Usage | None = None  # None: nobody looked
     age: float | None = None  # lower bound of the seconds since ADD_DEV, None: cannot be told
     trouble: str = ""
+    had_disk: bool = False  # an event told that this instance had a disk: it was started
 
     @property
     def state_name(self) -> str:
@@ -239,3 +240,8 @@ class PassReport:
     devices: dict[int, Judged] = field(default_factory=dict)
     trouble: str = ""  # why the control device could not be asked at all
     hint: str = ""  # what to type then
+
+    @property
+    def is_deed(self) -> bool:
+        """It tells of a deed that ended after its pass, and of nothing else."""
+        return bool(self.deeds) and not self.changed

@@ -37,11 +37,17 @@ class Traits:
 
 
 def needs_usage(seen: Observation) -> bool:
-    """Whether it has to be looked up who has this device open: always, but for a plainly served one."""
+    """Whether it has to be looked up who has this device open: not where the verdict does not depend on it."""
     if seen.info is None:
-        return False
-    plainly_served = seen.info.state == KernelState.LIVE and seen.disk is not None and _alive(seen.server)
-    return not plainly_served
+        return _is_deleted_unseen(seen)
+    if seen.info.state == KernelState.LIVE:
+        return seen.disk is not None and not _alive(seen.server)
+    return seen.info.state != KernelState.DEAD or seen.disk is None or seen.identity.sysfs_inode is None
+
+
+def _is_deleted_unseen(seen: Observation) -> bool:
+    """An unprivileged device whose node is gone: its id is taken, and it cannot even be asked about."""
+    return seen.info is None and seen.identity.sysfs_inode is None and not seen.trouble
 
 
 def decide(seen: Observation, past: History, policy: Policy, traits: Traits, now: float) -> Verdict:
@@ -54,7 +60,7 @@ def decide(seen: Observation, past: History, policy: Policy, traits: Traits, now
             look_again_in=5.0,
         )
     if seen.info is None:
-        if not seen.trouble and seen.identity.sysfs_inode is None:
+        if _is_deleted_unseen(seen):
             return _deleted(seen, past, now)
         return Verdict(VerdictKind.UNKNOWN, seen.trouble or "GET_DEV_INFO gave no answer", Action.ALERT, 5.0)
     if seen.info.state == KernelState.LIVE:
@@ -87,7 +93,7 @@ def _live(seen: Observation, past: History, now: float) -> Verdict:
 def _live_without_disk(past: History, now: float) -> Verdict:
     """START_DEV sets LIVE before the disk is there; a blocked STOP_DEV has removed it; 6.13 to 7.1 copy ADD_DEV's state."""
     lasted = now - past.phase_since
-    if past.seen_live:
+    if past.was_live:
         if lasted < SETTLING:
             return Verdict(
                 VerdictKind.CLOSING, "LIVE, its disk already gone: being stopped", look_again_in=_soon(lasted)
@@ -103,7 +109,7 @@ def _live_without_disk(past: History, now: float) -> Verdict:
 def _without_server(seen: Observation, past: History, policy: Policy, now: float) -> Verdict:
     name, lasted = seen.state_name, now - past.phase_since
     if seen.disk is None:
-        if past.seen_live and lasted < SETTLING:
+        if past.was_live and lasted < SETTLING:
             return Verdict(VerdictKind.CLOSING, f"{name}, its disk gone: being stopped", look_again_in=_soon(lasted))
         reason = f"{name} without a disk: a stray state that ADD_DEV left, or a stuck STOP_DEV"
         return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0)
@@ -143,7 +149,7 @@ _ON_ORPHAN = {OnOrphan.DELETE: Action.DELETE, OnOrphan.ALERT: Action.ALERT, OnOr
 
 
 def _on_its_way(past: History) -> VerdictKind:
-    return VerdictKind.CLOSING if past.seen_live else VerdictKind.STARTING
+    return VerdictKind.CLOSING if past.was_live else VerdictKind.STARTING
 
 
 def _in_transition(seen: Observation, past: History, now: float) -> Verdict | None:
@@ -161,7 +167,7 @@ def _in_use(seen: Observation, past: History) -> Verdict | None:
         return Verdict(VerdictKind.UNKNOWN, "DEAD; nobody looked who has it open", Action.ALERT, look_again_in=1.0)
     if seen.usage.char_openers:
         opener = seen.usage.char_openers[0]
-        doing = "not yet closed by" if past.seen_live else "being set up by"
+        doing = "not yet closed by" if past.was_live else "being set up by"
         return Verdict(_on_its_way(past), f"DEAD, {doing} {opener}, which has its char device open")
     if seen.char_device is None:
         reason = f"DEAD, and its node is missing: mknod /dev/ublkc{seen.dev_id} c {_numbers(seen.identity.char_rdev)}"
@@ -176,7 +182,7 @@ def _grace(past: History, policy: Policy, now: float) -> Verdict | None:
             _on_its_way(past), "DEAD, its idle time only begins", look_again_in=max(policy.orphan_grace, 0.02)
         )
     settled_in = past.seen_idle_since + policy.orphan_grace - now
-    set_up_in = 0.0 if past.seen_live else past.idle_since + policy.setup_grace - now
+    set_up_in = 0.0 if past.was_live else past.idle_since + policy.setup_grace - now
     idle = _span(now - past.idle_since)
     if set_up_in > 0:
         reason = f"added, never seen LIVE, not open for {idle}; its server has {_span(policy.setup_grace)} to open it"
@@ -228,7 +234,7 @@ def _alive(server: Server | None) -> bool:
 def _corpse(past: History) -> str:
     if past.server:
         return f"server {past.server} died, device DEAD"
-    return "DEAD, its server gone" if past.seen_live else "DEAD, never seen LIVE"
+    return "DEAD, its server gone" if past.was_live else "DEAD, never seen LIVE"
 
 
 def _soon(lasted: float) -> float:

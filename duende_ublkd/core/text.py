@@ -15,6 +15,8 @@ def printable(text: str | bytes, limit: int = 200) -> str:
     """One line of at most `limit` characters; what cannot be printed is escaped, what is too long ends in `…`."""
     if isinstance(text, bytes):
         text = text[: 4 * limit + 4].decode("utf-8", "surrogateescape")
+    if len(text) <= limit and text.isprintable():
+        return text
     pieces: list[str] = []
     left = limit
     for character in text[: limit + 1]:

@@ -39,7 +39,7 @@ from duende_ublkd.kernel.control import Control, kernel_version
 from duende_ublkd.kernel.holders import Sweeper, Target
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping
 
     from duende_ublkd.core.model import DevInfo, Usage
 
@@ -60,6 +60,7 @@ class UblkKernel:
 
     def __init__(self, control: Control, sweeper: Sweeper) -> None:
         self.control = control
+        self.saw_disk: Callable[[int], bool] = lambda _: False  # the daemon, which hears uevents, knows better
         self._sweeper = sweeper
         version = kernel_version(os.uname().release)
         self.traits = Traits(async_delete=version >= (6, 9), delete_can_be_cancelled=version >= (6, 3))
@@ -131,8 +132,9 @@ class UblkKernel:
                 # An unprivileged device whose node is gone cannot even be asked about: deleted, and still held.
                 trouble = "" if error.errno == errno.ENOENT and before.sysfs_inode is None else str(error)
             disk = read_disk(dev_id)
+            had_disk = self.saw_disk(dev_id)
             if read_identity(dev_id) == before:
-                return _observation(dev_id, at, before, disk, info, trouble)
+                return replace(_observation(dev_id, at, before, disk, info, trouble), had_disk=had_disk)
         return _observation(
             dev_id, time.monotonic(), Identity(None), None, None, "another device took the id at each look"
         )
@@ -225,14 +227,25 @@ def read_identity(dev_id: int) -> Identity:
     directory = f"{SYSFS_CLASS}/ublkc{dev_id}"
     try:
         inode = os.stat(f"{directory}/").st_ino
-        major, minor = _read_numbers(f"{directory}/dev")
+        known = _identities.get(dev_id)
+        if known is None or known.sysfs_inode != inode:
+            known = _identities[dev_id] = Identity(inode, _read_numbers(f"{directory}/dev"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        return Identity(None)
+        return _no_longer(dev_id)
     except OSError as error:
         if error.errno == errno.ENODEV:  # kernfs, while the entry is being removed
-            return Identity(None)
+            return _no_longer(dev_id)
         raise
-    return Identity(inode, (major, minor))
+    return known
+
+
+# An instance keeps its numbers, so that they are read once. One entry for each id that is there.
+_identities: dict[int, Identity] = {}
+
+
+def _no_longer(dev_id: int) -> Identity:
+    _identities.pop(dev_id, None)
+    return Identity(None)
 
 
 def read_disk(dev_id: int) -> Disk | None:
@@ -293,8 +306,11 @@ def _disk_rdevs(disk: Disk | None) -> Rdevs:
 
 
 def _read_text(path: str) -> str:
-    with open(path, encoding="ascii", errors="replace") as file:
-        return file.read().strip()
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 64).decode("ascii", "replace").strip()
+    finally:
+        os.close(fd)
 
 
 def _read_numbers(path: str) -> tuple[int, int]:

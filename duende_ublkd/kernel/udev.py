@@ -5,6 +5,9 @@ A hint says "look now, at this id, or at all", and nothing else. Facts:
 - A server's death sends a block `remove` before the kernel's state has settled, and on a recoverable device (QUIESCED,
   FAIL_IO) nothing at all. There inotify helps: IN_CLOSE_WRITE at the last close of /dev/ublkcN, IN_OPEN when a new server
   takes it. Neither keeps a device from being deleted.
+- Events of one id come in order: `add` of the char device, `add` and `remove` of the disk, `remove` of the char device, and
+  only then can the id be added again. So a disk's event after the char device's last one is of the present instance. That
+  is the one thing that a look at the kernel cannot tell afterwards: whether a DEAD device was ever started.
 - libudev reads from a socket that anybody could send to, and drops what does not come from the kernel.
 """
 
@@ -58,11 +61,20 @@ class Uevents:
         except (ImportError, OSError) as error:
             raise DuendeError(f"no uevents: {error}", hint="apt-get install libudev1") from error
         self.buffer_is_large = self._grow_buffer()
+        self._had_disk: set[int] = set()
         self._loop.add_reader(self._monitor.fileno(), self._on_readable)
 
     def close(self) -> None:
         """Stop listening."""
         self._loop.remove_reader(self._monitor.fileno())
+
+    def saw_disk(self, dev_id: int) -> bool:
+        """Whether the instance that has this id had a disk, and so was started. False: no, or nobody can tell.
+
+        True of whatever instance was there both before and after this call, since what the kernel has sent is read first.
+        """
+        self._on_readable()
+        return dev_id in self._had_disk
 
     def _grow_buffer(self) -> bool:
         try:
@@ -78,6 +90,7 @@ class Uevents:
         except OSError as error:
             if error.errno != errno.ENOBUFS:
                 raise
+            self._had_disk.clear()
             self._listener.on_overflow()
 
     def _tell(self, device: pyudev.Device) -> None:
@@ -86,7 +99,12 @@ class Uevents:
             if name == "ublk-control":
                 self._listener.on_driver(action)
         elif match := _NAME.fullmatch(name):
-            self._listener.on_uevent(subsystem, action, int(match[1]))
+            dev_id = int(match[1])
+            if subsystem == "block":
+                self._had_disk.add(dev_id)
+            else:
+                self._had_disk.discard(dev_id)
+            self._listener.on_uevent(subsystem, action, dev_id)
 
 
 class NodeWatch:

@@ -63,13 +63,15 @@ class Journal:
 
     def passed(self, report: PassReport) -> None:
         """After a pass or a deed."""
-        if report.trouble != self._trouble:
+        if report.trouble != self._trouble and not report.is_deed:
             self._trouble = report.trouble
             if report.trouble:
                 log.error("%s", report.trouble)
             else:
                 log.info("the ublk driver answers again")
         for device in report.changed:
+            if device.verdict.action is Action.DELETE:
+                continue  # the deed has its own lines, before and after
             level = _level(device)
             log.log(level, "ublk%d is %s: %s", device.seen.dev_id, device.verdict.kind.value, device.verdict.reason)
         reasons = {device.seen.dev_id: device.verdict.reason for device in report.gone}

@@ -97,8 +97,8 @@ class Metrics:
     def passed(self, report: PassReport) -> None:
         """Count what a pass or a deed changed, and keep its devices for scrapes."""
         self._snapshot.devices = report.devices
-        self._snapshot.trouble = report.trouble
-        if not report.deeds:
+        if not report.is_deed:
+            self._snapshot.trouble = report.trouble
             self._passes.observe(report.took)
             self._resyncs.inc(report.full)
         self._orphans.inc(sum(device.verdict.kind is VerdictKind.ORPHANED for device in report.changed))

@@ -10,13 +10,13 @@ from tests.server.harness import ServerProcess, block_device, device_info, wait_
 def test_a_swap_whose_server_died_is_pinned_and_named_and_the_rest_goes_on() -> None:
     """Nothing but a reboot frees the id: swapoff finds no path any more."""
     with DaemonProcess() as daemon, NativeServer("--id", "21") as other:
-        server = ServerProcess.start(id=20, target="ram", size=16)  # not left through `with`: it could not delete 20
+        server = ServerProcess.start(id=20, target="ram", size=16)
         server.wait_for("after-start")
         other.wait_for("LIVE")
         subprocess.run(["mkswap", block_device(20)], check=True, stdout=subprocess.DEVNULL)
         subprocess.run(["swapon", block_device(20)], check=True)
         daemon.wait_verdict(20, "live")
-        server.kill()
+        server.close(delete=False)
         device = daemon.wait_verdict(20, "pinned")
         assert any(holder["kind"] == "swap" for holder in device["holders"]), device
         assert "swap /dev/ublkb20" in device["reason"], device

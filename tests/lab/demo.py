@@ -24,8 +24,8 @@ def main() -> None:
         wait_until(lambda: (info := device_info(DEV_ID)) is not None and info.state == 0, 20, "the kernel has noticed")
         show("list")
         refused = ServerProcess.start(id=DEV_ID, target="null")
-        refused.wait_dead()
-        print("   a new server for the same id:", refused.complaints().strip().splitlines()[-1])
+        print("   a new server for the same id gets:", refused.wait_for("failed").details["error"])
+        refused.close(delete=False)
 
     say("3. Now with the daemon: `duende-ublkd run`, and another server that dies.")
     with DaemonProcess() as daemon, ServerProcess.start(id=DEV_ID, target="ram", size=8) as server:

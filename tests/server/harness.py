@@ -150,8 +150,8 @@ class ServerProcess:
         _signal(self.pid, signal.SIGTERM)
         return self.wait_dead(timeout)
 
-    def close(self) -> None:
-        """Kill what is left of it, and delete what is left of its devices."""
+    def close(self, *, delete: bool = True) -> None:
+        """Kill what is left of it, and delete what is left of its devices, but for those that nobody can delete."""
         self.kill()
         for event in list(self.events):
             if event.step == "leaked":
@@ -159,7 +159,7 @@ class ServerProcess:
                 _wait_gone(event.details["helper"], DEADLINE)
         self._reader.join(DEADLINE)
         self._process.close()
-        for dev_id in self.dev_ids:
+        for dev_id in self.dev_ids if delete else ():
             drop_device(dev_id)
 
     def __enter__(self) -> Self:

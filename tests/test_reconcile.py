@@ -1,0 +1,615 @@
+"""One pass after the other on the fake driver: who is deleted, who is spared, who is told, and how often."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+from duende_ublkd.core.config import Config, DaemonConfig
+from duende_ublkd.core.model import Action, Deed, Feature, Holder, Judged, Outcome, PassReport, VerdictKind
+from duende_ublkd.core.policy import Traits
+from duende_ublkd.reconcile import Agenda, Reconciler
+from tests.fake_kernel import DEADLINE, FakeKernel, Fault, Instance, VirtualLoop, run
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from typing import Any
+
+RESYNC = 30.0
+MANY_WAITS = 20_000
+CAREFUL_DRY_RUN = Config(daemon=DaemonConfig(dry_run=True))
+MOUNT = Holder("mount", "/srv (ext4)")
+
+
+@dataclass
+class Recorder:
+    """A reporter that remembers what was worth telling."""
+
+    announced: list[int] = field(default_factory=list)
+    deeds: list[Deed] = field(default_factory=list)
+    changed: list[Judged] = field(default_factory=list)
+    gone: list[Judged] = field(default_factory=list)
+    troubles: list[str] = field(default_factory=list)
+
+    def intends(self, device: Judged) -> None:
+        self.announced.append(device.seen.dev_id)
+
+    def passed(self, report: PassReport) -> None:
+        self.deeds += report.deeds
+        self.changed += report.changed
+        self.gone += report.gone
+        self.troubles += [report.trouble] if report.trouble else []
+
+    @property
+    def outcomes(self) -> list[Outcome | None]:
+        return [deed.outcome for deed in self.deeds]
+
+    def told(self) -> int:
+        return len(self.announced) + len(self.deeds) + len(self.changed) + len(self.gone) + len(self.troubles)
+
+
+class Bench:
+    """A daemon's loop on a fake kernel, and somebody to read its reports."""
+
+    def __init__(self, config: Config | None = None, traits: Traits | None = None) -> None:
+        loop = asyncio.get_running_loop()
+        self.kernel = FakeKernel(loop, traits=traits)
+        self.recorder = Recorder()
+        self.agenda = Agenda()
+        self.reconciler = Reconciler(self.kernel, config or Config(), self.recorder, self.agenda, clock=loop.time)
+        self.kernel.hint = self.agenda.soon
+        self.kernel.on_late = self._on_late
+        self._task = asyncio.ensure_future(self._look())
+        self._waits = 0
+
+    async def _look(self) -> None:
+        self.agenda.soon(None)
+        while True:
+            dev_ids = await self.agenda.next()
+            await self.reconciler.run_pass(dev_ids)
+            if dev_ids is None:
+                self.agenda.later(None, RESYNC)
+
+    def _on_late(self, command: str, dev_id: int) -> None:
+        self.reconciler.ledger.note_answer(dev_id, command)
+        self.agenda.soon(dev_id)
+
+    async def wait(self, seconds: float) -> None:
+        """Let time pass; a defect of the daemon ends the test, and so does waiting for what never comes."""
+        self._waits += 1
+        assert self._waits < MANY_WAITS
+        done, _ = await asyncio.wait([self._task], timeout=seconds)
+        for task in done:
+            task.result()
+        assert self.kernel.violations == []
+
+    async def a_live_device(self, flags: int = 0) -> Instance:
+        instance = self.kernel.serve(flags=flags)
+        await self.wait(0.1)
+        assert self.verdict(instance) is VerdictKind.LIVE
+        return instance
+
+    async def an_orphan(self, flags: int = 0) -> Instance:
+        """One that dies this moment."""
+        instance = await self.a_live_device(flags)
+        self.kernel.kill(instance.openers[0])
+        return instance
+
+    def verdict(self, instance: Instance) -> VerdictKind:
+        return self.reconciler.devices[instance.dev_id].verdict.kind
+
+    def is_there(self, instance: Instance) -> bool:
+        return self.kernel.taken.get(instance.dev_id) is instance
+
+
+def on_the_bench(
+    test: Callable[[Bench], Coroutine[Any, Any, None]], config: Config | None = None, traits: Traits | None = None
+) -> None:
+    async def main() -> None:
+        await test(Bench(config, traits))
+
+    run(main())
+
+
+# --- deleting ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", [0, Feature.UNPRIVILEGED_DEV], ids=["privileged", "unprivileged"])
+@pytest.mark.parametrize("traits", [Traits(), Traits(async_delete=False), Traits(False, False)], ids=str)
+def test_an_orphan_is_gone_after_its_grace_and_the_report_says_how_fast(flags: int, traits: Traits) -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan(flags)
+        await bench.wait(0.5)
+        assert bench.is_there(orphan)
+        await bench.wait(0.5)
+        assert not bench.is_there(orphan)
+        assert bench.recorder.announced == [orphan.dev_id]
+        (deed,) = bench.recorder.deeds
+        assert deed.outcome is Outcome.DELETED
+        assert deed.reaction is not None
+        assert 0.5 < deed.reaction < 1
+        assert [each.seen.dev_id for each in bench.recorder.gone] == [orphan.dev_id]
+        assert bench.reconciler.devices == {}
+        assert orphan.dev_id not in bench.reconciler.ledger
+
+    on_the_bench(test, traits=traits)
+
+
+def test_with_every_hint_lost_an_orphan_is_gone_after_two_resync_intervals() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.wait(1)
+        bench.kernel.hints_lost = True
+        instance = bench.kernel.serve()
+        bench.kernel.kill(instance.openers[0])
+        await bench.wait(60 + 2 * RESYNC)
+        assert not bench.is_there(instance)
+
+    on_the_bench(test)
+
+
+def test_a_slow_deletion_delays_nobody() -> None:
+    async def test(bench: Bench) -> None:
+        slow = await bench.a_live_device()
+        others = [await bench.a_live_device() for _ in range(20)]
+        bench.kernel.deletion_takes[slow.dev_id] = 9.0
+        for instance in (slow, *others):
+            bench.kernel.kill(instance.openers[0])
+        await bench.wait(1)
+        assert [each for each in others if bench.is_there(each)] == []
+        assert bench.is_there(slow)
+        await bench.wait(9)
+        assert not bench.is_there(slow)
+
+    on_the_bench(test)
+
+
+def test_a_held_orphan_is_deleted_so_that_its_id_frees_itself_when_the_holder_lets_go() -> None:
+    async def test(bench: Bench) -> None:
+        instance = await bench.a_live_device()
+        bench.kernel.hold(instance, MOUNT)
+        bench.kernel.kill(instance.openers[0])
+        await bench.wait(RESYNC)
+        assert not instance.listed
+        assert bench.recorder.outcomes == [Outcome.DELETED_STILL_HELD]
+        assert bench.verdict(instance) is VerdictKind.PINNED
+        assert "/srv" in bench.reconciler.devices[instance.dev_id].verdict.reason
+        bench.kernel.let_go(instance)
+        await bench.wait(6)
+        assert bench.reconciler.devices == {}
+        assert bench.kernel.deletions == [instance]
+
+    on_the_bench(test)
+
+
+def test_a_held_orphan_waits_where_del_dev_would_block_the_whole_driver() -> None:
+    async def test(bench: Bench) -> None:
+        instance = await bench.a_live_device()
+        bench.kernel.hold(instance, MOUNT)
+        bench.kernel.kill(instance.openers[0])
+        await bench.wait(RESYNC)
+        assert instance.listed
+        assert bench.verdict(instance) is VerdictKind.PINNED
+        bench.kernel.let_go(instance)
+        await bench.wait(6)
+        assert not bench.is_there(instance)
+
+    on_the_bench(test, traits=Traits(async_delete=False, delete_can_be_cancelled=False))
+
+
+def test_a_deleted_id_that_is_reused_at_once_counts_as_freed_and_the_new_device_is_left_alone() -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan()
+        while bench.is_there(orphan):
+            await bench.wait(0.0001)
+        second = bench.kernel.serve()
+        assert second.dev_id == orphan.dev_id
+        await bench.wait(10)
+        assert bench.recorder.outcomes == [Outcome.DELETED]
+        assert bench.is_there(second)
+        assert bench.verdict(second) is VerdictKind.LIVE
+
+    on_the_bench(test)
+
+
+# --- sparing ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_may_take_its_time_between_adding_and_opening_and_then_keep_it_open_for_hours() -> None:
+    async def test(bench: Bench) -> None:
+        instance = bench.kernel.add()
+        await bench.wait(59)
+        assert bench.verdict(instance) is VerdictKind.STARTING
+        bench.kernel.open(instance)
+        await bench.wait(7200)
+        assert bench.verdict(instance) is VerdictKind.STARTING
+        bench.kernel.start(instance)
+        await bench.wait(RESYNC)
+        assert bench.verdict(instance) is VerdictKind.LIVE
+        assert bench.recorder.announced == []
+
+    on_the_bench(test)
+
+
+def test_a_device_that_somebody_opens_between_the_two_looks_is_spared_and_waits_for_its_whole_grace_again() -> None:
+    async def test(bench: Bench) -> None:
+        instance = bench.kernel.add()
+        server = instance.adder
+        # Opened between the look that condemns it and the claim: nobody sees it, until the claim meets it.
+        server.visible = False
+        await bench.wait(59)
+        bench.kernel.hints_lost = True
+        bench.kernel.open(instance)
+        await bench.wait(2)
+        assert bench.recorder.outcomes == [Outcome.SPARED]
+        bench.kernel.close(instance, server)
+        await bench.wait(58)
+        assert bench.is_there(instance)
+        await bench.wait(5)
+        assert not bench.is_there(instance)
+
+    on_the_bench(test)
+
+
+def test_who_cannot_be_seen_but_has_it_open_is_asked_less_and_less_often() -> None:
+    async def test(bench: Bench) -> None:
+        instance = await bench.a_live_device()
+        hidden = bench.kernel.process(visible=False)
+        bench.kernel.share(instance, hidden)
+        bench.kernel.stop(instance)
+        bench.kernel.kill(instance.openers[0])
+        await bench.wait(600)
+        assert set(bench.recorder.outcomes) == {Outcome.SPARED}
+        assert len(bench.recorder.deeds) < 30
+        bench.kernel.kill(hidden)
+        await bench.wait(2 * RESYNC)
+        assert not bench.is_there(instance)
+
+    on_the_bench(test)
+
+
+class ReusesIdBeforeClaim(FakeKernel):
+    """Somebody else is quicker: deletes the orphan and adds another device between the first look and the claim."""
+
+    async def look_for_users(self, *arguments: Any) -> Any:  # noqa: ANN401 - passed on
+        found = await super().look_for_users(*arguments)
+        for instance in [each for each in self.taken.values() if each.started and not each.openers and not each.disk]:
+            self.delete(instance)
+            self.add(dev_id=instance.dev_id)
+        return found
+
+
+def test_an_id_that_was_reused_between_the_two_looks_is_not_touched() -> None:
+    async def main() -> None:
+        bench = Bench()
+        bench.kernel.__class__ = ReusesIdBeforeClaim
+        orphan = await bench.an_orphan()
+        await bench.wait(10)
+        assert bench.kernel.deletions == []
+        assert not bench.is_there(orphan)
+        assert bench.verdict(bench.kernel.taken[orphan.dev_id]) is VerdictKind.STARTING
+
+    run(main())
+
+
+@pytest.mark.parametrize("trouble", ["GET_DEV_INFO has not answered for 10 s"])
+def test_a_second_look_without_an_answer_spares(trouble: str) -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan()
+        while not bench.recorder.announced:
+            await bench.wait(0.0001)
+        bench.kernel.troubles[orphan.dev_id] = trouble
+        await bench.wait(1)
+        assert bench.recorder.outcomes == [Outcome.SPARED]
+        assert trouble in bench.recorder.deeds[0].detail
+        bench.kernel.troubles.clear()
+        await bench.wait(10)
+        assert not bench.is_there(orphan)
+
+    on_the_bench(test)
+
+
+def test_two_cleaners_stay_friends() -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan()
+        bench.kernel.faults[orphan.dev_id] = Fault.ALREADY_DONE
+        await bench.wait(2)
+        assert bench.recorder.outcomes == [Outcome.ALREADY_GONE]
+        assert [each.seen.dev_id for each in bench.recorder.gone] == [orphan.dev_id]
+
+    on_the_bench(test)
+
+
+def test_a_recovered_device_is_live_again_and_was_never_touched() -> None:
+    async def test(bench: Bench) -> None:
+        instance = await bench.a_live_device(Feature.USER_RECOVERY)
+        bench.kernel.kill(instance.openers[0])
+        await bench.wait(300)
+        assert bench.verdict(instance) is VerdictKind.UNSERVED
+        bench.kernel.recover(instance, bench.kernel.process())
+        await bench.wait(1)
+        assert bench.verdict(instance) is VerdictKind.RECOVERING
+        bench.kernel.finish_recovery(instance)
+        await bench.wait(3)
+        assert bench.verdict(instance) is VerdictKind.LIVE
+        assert bench.recorder.announced == []
+
+    on_the_bench(test)
+
+
+# --- failing ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_overdue_deletion_makes_it_wedged_and_nothing_more_is_sent_until_that_one_answers() -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan()
+        bench.kernel.faults[orphan.dev_id] = Fault.OVERDUE
+        await bench.wait(2 + DEADLINE)
+        assert bench.verdict(orphan) is VerdictKind.WEDGED
+        await bench.wait(3600)
+        assert bench.recorder.announced == [orphan.dev_id]
+        bench.reconciler.ledger.note_answer(orphan.dev_id, "GET_DEV_INFO")  # another one's late answer frees nobody
+        await bench.wait(10)
+        assert bench.verdict(orphan) is VerdictKind.WEDGED
+        bench.kernel.answer(orphan, works=False)
+        await bench.wait(1)
+        assert not bench.is_there(orphan)
+
+    on_the_bench(test)
+
+
+def test_a_full_look_that_runs_while_a_deletion_becomes_overdue_does_not_forget_that() -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan()
+        bench.kernel.faults[orphan.dev_id] = Fault.OVERDUE
+        while not orphan.overdue:
+            await bench.wait(0.0001)
+        await bench.wait(DEADLINE - 0.0015)
+        bench.agenda.soon(None)
+        await bench.wait(1)
+        assert bench.verdict(orphan) is VerdictKind.WEDGED
+        assert bench.recorder.gone == []
+        await bench.wait(3600)
+        assert bench.recorder.announced == [orphan.dev_id]
+
+    on_the_bench(test)
+
+
+@pytest.mark.parametrize("before_the_end", [0.0005, 0.001, 0.0015, 0.002, 0.0025])
+def test_a_full_look_that_runs_while_a_deletion_ends_does_not_bring_the_device_back(before_the_end: float) -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan()
+        bench.kernel.deletion_takes[orphan.dev_id] = 1.0
+        while not bench.recorder.announced:
+            await bench.wait(0.0001)
+        told = len(bench.recorder.changed)
+        await bench.wait(1.002 - before_the_end)
+        bench.agenda.soon(None)
+        await bench.wait(5)
+        assert bench.recorder.changed[told:] == []
+        assert len(bench.recorder.gone) == 1
+
+    on_the_bench(test)
+
+
+def test_a_refused_deletion_is_tried_again_ever_more_rarely_and_in_the_end_works() -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan()
+        for times in range(1, 13):
+            bench.kernel.faults[orphan.dev_id] = Fault.REFUSED
+            while len(bench.recorder.deeds) < times:
+                await bench.wait(1)
+        assert set(bench.recorder.outcomes) == {None}
+        assert "input/output error" in bench.recorder.deeds[0].detail
+        await bench.wait(301)
+        assert not bench.is_there(orphan)
+
+    on_the_bench(test)
+
+
+def test_the_attempts_after_a_refusal_are_a_second_apart_then_two_then_four() -> None:
+    async def test(bench: Bench) -> None:
+        loop = asyncio.get_running_loop()
+        orphan = await bench.an_orphan()
+        times: list[float] = []
+        for _ in range(4):
+            bench.kernel.faults[orphan.dev_id] = Fault.REFUSED
+            count = len(bench.recorder.deeds)
+            while len(bench.recorder.deeds) == count:
+                await bench.wait(0.01)
+            times.append(loop.time())
+        gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
+        assert gaps == pytest.approx([1, 2, 4], abs=0.1)
+
+    on_the_bench(test)
+
+
+def test_a_dry_run_changes_nothing_and_says_once_what_it_would_have_done() -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan()
+        await bench.wait(600)
+        assert bench.is_there(orphan)
+        assert bench.recorder.announced == []
+        assert bench.recorder.outcomes == [Outcome.WOULD_DELETE]
+        assert bench.recorder.deeds[0].action is Action.DELETE
+
+    on_the_bench(test, CAREFUL_DRY_RUN)
+
+
+def test_an_end_of_the_dry_run_deletes_at_the_next_full_look() -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan()
+        await bench.wait(60)
+        bench.reconciler.config = replace(CAREFUL_DRY_RUN, daemon=DaemonConfig(dry_run=False))
+        await bench.wait(RESYNC + 1)
+        assert not bench.is_there(orphan)
+
+    on_the_bench(test, CAREFUL_DRY_RUN)
+
+
+def test_a_driver_that_was_gone_is_looked_at_again_when_it_is_back() -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan()
+        bench.kernel.unavailable = True
+        await bench.wait(3 * RESYNC)
+        assert bench.recorder.troubles
+        bench.kernel.unavailable = False
+        await bench.wait(RESYNC + 5)
+        assert not bench.is_there(orphan)
+
+    on_the_bench(test)
+
+
+def test_a_look_that_misses_its_deadline_is_trouble_and_not_the_end() -> None:
+    async def test(bench: Bench) -> None:
+        instance = await bench.a_live_device()
+        bench.kernel.looks_are_overdue = True
+        await bench.wait(2 * RESYNC)
+        assert "has not answered" in bench.recorder.troubles[0]
+        bench.kernel.looks_are_overdue = False
+        await bench.wait(2 * RESYNC)
+        assert bench.verdict(instance) is VerdictKind.LIVE
+
+    on_the_bench(test)
+
+
+def test_a_defect_in_a_deed_ends_the_daemon() -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan()
+        bench.kernel.faults[orphan.dev_id] = Fault.DEFECT
+        with pytest.raises(ZeroDivisionError):
+            await bench.wait(5)
+
+    on_the_bench(test)
+
+
+# --- telling ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_steady_state_is_silent() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.a_live_device()
+        queueing = await bench.a_live_device(Feature.USER_RECOVERY)
+        held = await bench.a_live_device()
+        opened = bench.kernel.add()
+        bench.kernel.open(opened)
+        bench.kernel.hold(held, MOUNT)
+        bench.kernel.kill(held.openers[0])
+        bench.kernel.kill(queueing.openers[0])
+        bench.kernel.add(state=1)  # a stray state
+        await bench.wait(120)
+        told = bench.recorder.told()
+        await bench.wait(3600)
+        assert bench.recorder.told() == told
+        assert bench.kernel.looks > 120
+
+    on_the_bench(test)
+
+
+def test_what_somebody_else_deleted_is_reported_gone() -> None:
+    async def test(bench: Bench) -> None:
+        instance = await bench.a_live_device()
+        bench.kernel.hints_lost = True
+        server = instance.openers[0]
+        bench.kernel.stop(instance)
+        bench.kernel.close(instance, server)
+        bench.kernel.delete(instance)
+        await bench.wait(RESYNC + 1)
+        assert [each.seen.dev_id for each in bench.recorder.gone] == [instance.dev_id]
+
+    on_the_bench(test)
+
+
+def test_a_pass_that_only_looks_starts_nothing() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        kernel, recorder = FakeKernel(loop), Recorder()
+        reconciler = Reconciler(kernel, Config(), recorder, Agenda(), clock=loop.time)
+        instance = kernel.serve()
+        await reconciler.run_pass(None, act=False)
+        kernel.kill(instance.openers[0])
+        for _ in range(20):
+            await asyncio.sleep(1)
+            await reconciler.run_pass(None, act=False)
+        await reconciler.finish_deeds()
+        assert reconciler.devices[0].verdict.action is Action.DELETE
+        assert kernel.deletions == []
+
+    run(main())
+
+
+def test_without_grace_an_owner_gets_its_own_dead_device_away_at_the_first_look() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        kernel, recorder = FakeKernel(loop), Recorder()
+        kernel.setup_grace = kernel.orphan_grace = 0.0
+        mine, served = kernel.add(), kernel.serve()
+        both = (mine.dev_id, served.dev_id)
+        reconciler = Reconciler(kernel, Config(), recorder, Agenda(), clock=loop.time, without_grace=both)
+        await reconciler.run_pass(None)
+        await reconciler.finish_deeds()
+        assert kernel.deletions == [mine]
+        assert kernel.violations == []
+
+    run(main())
+
+
+# --- the agenda -------------------------------------------------------------------------------------------------------
+
+
+def test_the_agenda_gives_what_is_due_the_earliest_first_and_all_instead_of_some() -> None:
+    async def main() -> None:
+        loop, agenda = asyncio.get_running_loop(), Agenda()
+        began = loop.time()
+        agenda.later(3, 5)
+        agenda.later(3, 9)
+        agenda.later(4, 5)
+        agenda.later(5, 6)
+        assert await agenda.next() == {3, 4}
+        assert loop.time() - began == pytest.approx(5)
+        agenda.later(None, 1)
+        assert await agenda.next() is None
+        asyncio.get_running_loop().call_later(2, agenda.soon, 7)
+        assert await agenda.next() == {7}
+        assert loop.time() - began == pytest.approx(8)
+
+    run(main())
+
+
+def test_waiting_for_the_agenda_can_be_cancelled_even_when_something_becomes_due_that_moment() -> None:
+    async def main() -> None:
+        agenda = Agenda()
+        waiting = asyncio.ensure_future(agenda.next())
+        await asyncio.sleep(1)
+        agenda.later(3, 30)
+        waiting.cancel()
+        await asyncio.wait([waiting], timeout=1)
+        assert waiting.cancelled()
+
+    run(main())
+
+
+def test_who_waits_for_the_agenda_gets_a_defect_instead() -> None:
+    async def main() -> None:
+        agenda = Agenda()
+        asyncio.get_running_loop().call_later(1, agenda.fail, ZeroDivisionError())
+        with pytest.raises(ZeroDivisionError):
+            await agenda.next()
+
+    run(main())
+
+
+def test_virtual_time_does_not_hide_a_deadlock() -> None:
+    async def main() -> None:
+        await asyncio.Event().wait()
+
+    loop = VirtualLoop()
+    task = loop.create_task(main())
+    with pytest.raises(AssertionError, match="nothing will ever happen"):
+        loop.run_until_complete(task)
+    task.cancel()
+    loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
+    loop.close()
