@@ -66,8 +66,7 @@ class Parts:
 
     def _on_late(self, name: str, dev_id: int | None, _result: int) -> None:
         if dev_id is not None:
-            self.reconciler.ledger.note_answer(dev_id, name)
-            self.agenda.soon(dev_id)
+            self.reconciler.note_answer(dev_id, name)
 
     async def close(self) -> None:
         """Let deeds under way finish, then give everything back."""

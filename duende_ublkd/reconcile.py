@@ -32,16 +32,19 @@ from duende_ublkd.core.model import Action, Deed, Judged, Outcome, PassReport
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Set as AbstractSet
     from contextlib import AbstractContextManager
 
     from duende_ublkd.core.config import Config, Policy
     from duende_ublkd.core.ledger import History
-    from duende_ublkd.core.model import DevInfo, Observation, Usage
+    from duende_ublkd.core.model import DevInfo, DriverFacts, Observation, Usage
 
 Rdevs = frozenset[tuple[int, int]]
 
 CONFIRM_FOR = 0.5
 """Seconds to wait for the id to become free; without a holder it takes some milliseconds."""
+MOST_DEEDS = 64
+"""Deletions under way at once: each takes a descriptor, and its turn at the driver's mutex by its deadline."""
 _FIRST_CONFIRM = 0.001
 _SPARED_PAUSE = 1.0
 
@@ -49,7 +52,7 @@ _SPARED_PAUSE = 1.0
 class Claim(Protocol):
     """A device that nobody else can take; the only way to delete one."""
 
-    async def look_again(self, remembered: Mapping[int, Rdevs]) -> Observation | None:
+    async def look_again(self) -> Observation | None:
         """Look once more at what the claim pins; None: the id is free."""
 
     async def delete(self, info: DevInfo) -> None:
@@ -63,17 +66,20 @@ class Kernel(Protocol):
     def traits(self) -> policy.Traits:
         """What this kernel's DEL_DEV can do."""
 
-    async def observe(self, dev_ids: Collection[int] | None, remembered: Mapping[int, Rdevs]) -> list[Observation]:
-        """One look at these ids, or at all; ids that are free are left out."""
+    async def driver(self) -> DriverFacts:
+        """What the driver says of itself, and that it is there."""
+
+    def candidates(self, known: Collection[int]) -> set[int]:
+        """Every id worth asking about in a full look."""
+
+    async def observe(self, dev_ids: Collection[int]) -> list[Observation]:
+        """One look at these ids; those that are free are left out."""
 
     async def look_for_users(self, seen: Collection[Observation], remembered: Mapping[int, Rdevs]) -> dict[int, Usage]:
         """Who has these devices open, and who holds their disks."""
 
     def claim(self, seen: Observation) -> AbstractContextManager[Claim]:
         """Hold a device exclusively; BusyError, NoSuchDeviceError."""
-
-    async def is_taken(self, dev_id: int) -> bool:
-        """Whether the id is taken by any device."""
 
 
 class Reporter(Protocol):
@@ -159,17 +165,20 @@ class Reconciler:
         self._agenda = agenda
         self._without_grace = frozenset(without_grace)
         self._deeds: dict[int, asyncio.Task[None]] = {}
+        self._slots = asyncio.Semaphore(MOST_DEEDS)
+        self._late: set[tuple[int, str]] = set()  # answers that came after their deadline, since the last question
 
     async def run_pass(self, dev_ids: set[int] | None, *, act: bool = True, thorough: bool = False) -> PassReport:
         """Look at some or all ids and judge them. `act` False only looks; `thorough` asks for users of every device."""
         began = self._clock()
-        left_out = frozenset(self._deeds)  # for the whole pass: what a deed learns meanwhile, this look has not seen
-        wanted = None if dev_ids is None else dev_ids - left_out
+        left_out = self._left_out()
         try:
-            seen = await self._observe(wanted, left_out, thorough=thorough)
+            driver = await self._kernel.driver()
+            wanted = (self._kernel.candidates(self.ledger.ids()) if dev_ids is None else dev_ids) - left_out
+            seen = await self._observe(wanted, thorough=thorough)
         except (KernelUnavailableError, CommandError, CommandOverdueError) as error:
             no_driver = isinstance(error, KernelUnavailableError) and error.no_driver
-            gone = self._notice_gone(None, set(left_out)) if no_driver else []
+            gone = self._notice_gone(self.devices.keys() - left_out) if no_driver else []
             took = self._clock() - began
             report = PassReport(
                 began,
@@ -182,13 +191,15 @@ class Reconciler:
             )
             self._reporter.passed(report)
             return report
-        gone = self._notice_gone(wanted, {each.dev_id for each in seen} | left_out)
+        gone = self._notice_gone(wanted - {each.dev_id for each in seen})
         changed = [device for each in seen if (device := self._judge(each))]
         self.devices = dict(sorted(self.devices.items()))
         dry_run = self.config.daemon.dry_run
         deeds = [_would_delete(device) for device in changed if dry_run and device.verdict.action is Action.DELETE]
         took = self._clock() - began
-        report = PassReport(began, took, dev_ids is None, tuple(changed), tuple(gone), tuple(deeds), self.devices)
+        report = PassReport(
+            began, took, dev_ids is None, tuple(changed), tuple(gone), tuple(deeds), self.devices, driver
+        )
         self._reporter.passed(report)
         for each in seen:
             device = self.devices[each.dev_id]
@@ -197,6 +208,12 @@ class Reconciler:
             elif device.verdict.look_again_in is not None:
                 self._agenda.later(each.dev_id, device.verdict.look_again_in)
         return report
+
+    def note_answer(self, dev_id: int, command: str) -> None:
+        """A command that missed its deadline has answered; its asker may still have to hear of the deadline."""
+        self._late.add((dev_id, command))
+        self.ledger.note_answer(dev_id, command)
+        self._agenda.soon(dev_id)
 
     async def finish_deeds(self) -> None:
         """Wait until nothing destructive is under way."""
@@ -210,28 +227,39 @@ class Reconciler:
             return replace(chosen, setup_grace=0.0, orphan_grace=0.0)
         return chosen
 
-    async def _observe(self, wanted: set[int] | None, left_out: frozenset[int], *, thorough: bool) -> list[Observation]:
-        remembered = self._remembered()
-        seen = await self._kernel.observe(wanted, remembered)
-        seen = [each for each in seen if each.dev_id not in left_out]
+    def _left_out(self) -> frozenset[int]:
+        """What a pass does not look at: it would miss what a deed learns meanwhile, or ask what was not answered yet."""
+        unanswered = (dev_id for dev_id in self.ledger.ids() if self._waits_for_look(dev_id))
+        return frozenset((*self._deeds, *unanswered))
+
+    def _waits_for_look(self, dev_id: int) -> bool:
+        history = self.ledger.get(dev_id)
+        return bool(history and history.overdue and history.overdue.of_look)
+
+    async def _observe(self, wanted: Collection[int], *, thorough: bool) -> list[Observation]:
+        self._late = {late for late in self._late if late[0] not in wanted}
+        seen = await self._kernel.observe(wanted)
         unclear = [each for each in seen if thorough or policy.needs_usage(each)]
+        remembered = {each.dev_id: self._disk_rdevs(each.dev_id) for each in unclear}
         usage = await self._kernel.look_for_users(unclear, remembered)
         return [replace(each, usage=usage.get(each.dev_id)) for each in seen]
 
-    def _remembered(self) -> dict[int, Rdevs]:
-        histories = ((dev_id, self.ledger.get(dev_id)) for dev_id in self.ledger.ids())
-        return {dev_id: history.disk_rdevs for dev_id, history in histories if history}
+    def _disk_rdevs(self, dev_id: int) -> Rdevs:
+        history = self.ledger.get(dev_id)
+        return history.disk_rdevs if history else frozenset()
 
-    def _notice_gone(self, wanted: set[int] | None, present: set[int]) -> list[Judged]:
-        asked = set(self.devices) if wanted is None else wanted
-        gone = (asked & self.devices.keys()) - present
+    def _notice_gone(self, dev_ids: AbstractSet[int]) -> list[Judged]:
+        gone = sorted(dev_ids & self.devices.keys())
         for dev_id in gone:
             self.ledger.forget(dev_id)
-        return [self.devices.pop(dev_id) for dev_id in sorted(gone)]
+        return [self.devices.pop(dev_id) for dev_id in gone]
 
     def _judge(self, seen: Observation) -> Judged | None:
         """Judge one device; returns it when the verdict is another than before."""
         history = self.ledger.record(seen)
+        if seen.overdue and (seen.dev_id, seen.overdue) not in self._late:
+            self.ledger.note_overdue(seen.dev_id, seen.overdue, seen.at, of_look=True)
+            history = self.ledger.get(seen.dev_id) or history
         verdict = policy.decide(seen, history, self.policy_for(seen, history), self._kernel.traits, seen.at)
         history, before = self.ledger.note_verdict(seen.dev_id, verdict, seen.at)
         device = Judged(seen, verdict, history.verdict_since)
@@ -251,17 +279,23 @@ class Reconciler:
         self._agenda.soon(dev_id)
 
     async def _carry_out(self, device: Judged) -> None:
+        async with self._slots:
+            await self._try_to_delete(device)
+
+    async def _try_to_delete(self, device: Judged) -> None:
         """One deletion from the announcement to the report; every failure ends here, as a deed with its reason."""
         began = self._clock()
         dev_id = device.seen.dev_id
         history = self.ledger.get(dev_id)
         self._reporter.intends(device)
+        self._late = {late for late in self._late if late[0] != dev_id}
         outcome: Outcome | None = None
         detail = ""
         try:
             outcome, detail = await self._delete(device)
         except CommandOverdueError as error:
-            self.ledger.note_overdue(dev_id, error.command, self._clock())
+            if (dev_id, error.command) not in self._late:
+                self.ledger.note_overdue(dev_id, error.command, self._clock(), of_look=False)
             detail = str(error)
         except (CommandError, KernelUnavailableError, OSError) as error:
             detail = str(error)
@@ -280,7 +314,7 @@ class Reconciler:
         """Reasons to hold back, one after the other, and then the deletion."""
         try:
             with self._kernel.claim(device.seen) as claim:
-                again = await claim.look_again(self._remembered())
+                again = await claim.look_again()
                 if again is None:
                     return Outcome.ALREADY_GONE, "somebody else deleted it"
                 if reason := self._why_not(device, again):
@@ -311,17 +345,17 @@ class Reconciler:
     async def _confirm(self, deleted: Observation) -> tuple[Outcome, str]:
         """Wait for the id to become free; nothing but asking tells (freeing an id emits no event)."""
         pause, until = _FIRST_CONFIRM, self._clock() + CONFIRM_FOR
-        while await self._kernel.is_taken(deleted.dev_id) and not await self._is_reused(deleted):
+        while not await self._is_free(deleted):
             if self._clock() > until:
                 return Outcome.DELETED_STILL_HELD, "its id frees itself when the last holder lets go"
             await asyncio.sleep(pause)
             pause *= 2
         return Outcome.DELETED, ""
 
-    async def _is_reused(self, deleted: Observation) -> bool:
-        """Whether the id belongs to another device already: a server that is restarted gets the lowest free one."""
+    async def _is_free(self, deleted: Observation) -> bool:
+        """Whether the id is free, or another device's already: a server that is restarted gets the lowest free one."""
         of_the_deleted = (None, deleted.identity.sysfs_inode)
-        now = await self._kernel.observe([deleted.dev_id], {})
+        now = await self._kernel.observe([deleted.dev_id])
         return all(each.identity.sysfs_inode not in of_the_deleted for each in now)
 
 

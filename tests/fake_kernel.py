@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import errno
 import selectors
+from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,7 +25,18 @@ from duende_ublkd.core.errors import (
     KernelUnavailableError,
     NoSuchDeviceError,
 )
-from duende_ublkd.core.model import DevInfo, Disk, Feature, Holder, Identity, KernelState, Observation, Server, Usage
+from duende_ublkd.core.model import (
+    DevInfo,
+    Disk,
+    DriverFacts,
+    Feature,
+    Holder,
+    Identity,
+    KernelState,
+    Observation,
+    Server,
+    Usage,
+)
 from duende_ublkd.core.policy import Traits
 
 if TYPE_CHECKING:
@@ -143,7 +155,7 @@ class FakeKernel:
     ) -> None:
         self._loop = loop
         self.traits = traits or Traits()
-        self.driver = self.traits  # what it really can; `traits` is what is believed of it
+        self.ability = self.traits  # what it really can; `traits` is what is believed of it
         self.settles_in = settles_in
         self.disk_goes_first = True
         self.release_takes = 0.003
@@ -158,6 +170,8 @@ class FakeKernel:
         self.clock_was_set = False  # the age of a node cannot be told
         self.setup_grace = 60.0  # promised to a server between ADD_DEV and open
         self.orphan_grace = 0.5  # promised to a server between close and DEL_DEV
+        self.unanswered: set[int] = set()  # ids whose GET_DEV_INFO misses its deadline
+        self.asked: Counter[int] = Counter()  # how often each id was looked at
         self.troubles: dict[int, str] = {}  # ids whose GET_DEV_INFO gives no answer, and why
         self.faults: dict[int, Fault] = {}
         self.taken: dict[int, Instance] = {}
@@ -171,15 +185,22 @@ class FakeKernel:
 
     # What the daemon asks
 
-    async def observe(self, dev_ids: Collection[int] | None, remembered: Mapping[int, Rdevs]) -> list[Observation]:
+    async def driver(self) -> DriverFacts:
         await self._pass_time()
         self._insist_on_driver()
         if self.looks_are_overdue:
             raise CommandOverdueError("GET_FEATURES", None, DEADLINE)
+        return DriverFacts()
+
+    def candidates(self, known: Collection[int]) -> set[int]:
+        listed = (dev_id for dev_id, instance in self.taken.items() if instance.listed)
+        return {*listed, *known, *range(SWEPT)}
+
+    async def observe(self, dev_ids: Collection[int]) -> list[Observation]:
+        await self._pass_time()
+        self._insist_on_driver()
         self.looks += 1
-        if dev_ids is None:
-            listed = (dev_id for dev_id, instance in self.taken.items() if instance.listed)
-            dev_ids = {*listed, *remembered, *range(SWEPT)}
+        self.asked.update(dev_ids)
         seen = [self._see(instance) for dev_id in sorted(dev_ids) if (instance := self.taken.get(dev_id))]
         await self._pass_time()
         return seen
@@ -196,11 +217,6 @@ class FakeKernel:
             yield claim
         finally:
             claim.release()
-
-    async def is_taken(self, dev_id: int) -> bool:
-        await self._pass_time()
-        self._insist_on_driver()
-        return dev_id in self.taken
 
     # What happens in the world
 
@@ -339,7 +355,7 @@ class FakeKernel:
 
     def _see(self, instance: Instance) -> Observation:
         now, dev_id = self._loop.time(), instance.dev_id
-        trouble = self.troubles.get(dev_id, "")
+        trouble = self.troubles.get(dev_id, "") or ("no answer" if dev_id in self.unanswered else "")
         unseen = not instance.listed and bool(instance.flags & Feature.UNPRIVILEGED_DEV)  # asked about by path only
         info = DevInfo(dev_id, instance.state, instance.pid, instance.flags, queues=1, queue_depth=128)
         process = self.processes.get(instance.pid)
@@ -353,6 +369,8 @@ class FakeKernel:
             process.as_seen() if process and not trouble else None,
             age=now - instance.added_at if instance.has_node and not self.clock_was_set else None,
             trouble=trouble,
+            had_disk=instance.started and not self.hints_lost,
+            overdue="GET_DEV_INFO" if dev_id in self.unanswered else "",
         )
 
     def _usage(self, dev_id: int) -> Usage:
@@ -437,15 +455,15 @@ class FakeClaim:
         self._instance = instance
         self._released = False
 
-    async def look_again(self, remembered: Mapping[int, Rdevs]) -> Observation | None:
-        seen = await self._kernel.observe([self._instance.dev_id], remembered)
+    async def look_again(self) -> Observation | None:
+        seen = await self._kernel.observe([self._instance.dev_id])
         return seen[0] if seen else None
 
     async def delete(self, info: DevInfo) -> None:
         kernel, instance = self._kernel, self._instance
         if not info.unprivileged:
-            kernel.traits = kernel.driver  # async deletion is tried, whatever is believed
-        if info.unprivileged or not kernel.driver.async_delete:
+            kernel.traits = kernel.ability  # async deletion is tried, whatever is believed
+        if info.unprivileged or not kernel.ability.async_delete:
             await self._delete_and_wait()
             return
         await self._send("DEL_DEV_ASYNC")
@@ -486,7 +504,7 @@ class FakeClaim:
         """DEL_DEV answers when the id is free, or is cancelled at its deadline: deleted either way."""
         kernel, instance = self._kernel, self._instance
         await self._send("DEL_DEV")
-        if instance.holders and not kernel.driver.delete_can_be_cancelled:
+        if instance.holders and not kernel.ability.delete_can_be_cancelled:
             kernel.violations.append(
                 f"{instance} deleted while held: this kernel now adds and deletes nothing any more"
             )

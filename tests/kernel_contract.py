@@ -65,7 +65,7 @@ class World(Protocol):
 
 
 def look(world: World, dev_id: int) -> Observation | None:
-    seen = world.run(world.kernel.observe([dev_id], {}))
+    seen = world.run(world.kernel.observe([dev_id]))
     return seen[0] if seen else None
 
 
@@ -100,7 +100,7 @@ def delete(world: World, seen: Observation) -> None:
     async def act() -> bool:
         try:
             with world.kernel.claim(seen) as claim:
-                again = await claim.look_again({})
+                again = await claim.look_again()
                 assert again is not None
                 assert again.info is not None
                 assert again.identity == seen.identity
@@ -114,7 +114,7 @@ def delete(world: World, seen: Observation) -> None:
 
 
 def wait_until_free(world: World, dev_id: int) -> None:
-    world.wait_until(lambda: not world.run(world.kernel.is_taken(dev_id)), f"id {dev_id} is free")
+    world.wait_until(lambda: not world.run(world.kernel.observe([dev_id])), f"id {dev_id} is free")
 
 
 # --- the clauses ------------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def a_dead_servers_device_stays_until_it_is_deleted_and_then_its_id_is_reused_by
     assert seen.identity == before.identity
     assert seen.char_device is not None
     assert users(world, seen).char_openers == ()
-    assert world.run(world.kernel.is_taken(seen.dev_id))
+    assert world.run(world.kernel.observe([seen.dev_id]))
 
     delete(world, seen)
     wait_until_free(world, seen.dev_id)
@@ -214,7 +214,7 @@ def a_held_device_keeps_its_id_after_its_deletion_until_the_holder_lets_go(world
         left = must_see(world, server.dev_id)
         assert left.state_name == "DEAD"
         assert (left.identity.sysfs_inode, left.char_device, left.disk) == (None, None, None)
-        assert world.run(world.kernel.is_taken(server.dev_id))
+        assert world.run(world.kernel.observe([server.dev_id]))
         with pytest.raises(NoSuchDeviceError), world.kernel.claim(seen):
             pass
         with pytest.raises(CommandError):

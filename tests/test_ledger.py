@@ -81,7 +81,7 @@ def test_one_look_that_says_otherwise_starts_the_idle_time_anew_whatever_the_age
 def test_another_identity_is_another_device() -> None:
     ledger = Ledger()
     ledger.record(live(10))
-    ledger.note_overdue(3, "DEL_DEV", 11)
+    ledger.note_overdue(3, "DEL_DEV", 11, of_look=False)
     history = ledger.record(a_look(20, identity=SECOND))
     assert history == after(a_look(20, identity=SECOND))
 
@@ -148,8 +148,8 @@ def test_failures_wait_twice_as_long_each_time_up_to_five_minutes_however_many()
 def test_an_overdue_command_is_as_of_the_first_and_only_its_own_answer_ends_it() -> None:
     ledger = Ledger()
     ledger.record(a_look(10))
-    ledger.note_overdue(3, "DEL_DEV", 20)
-    ledger.note_overdue(3, "DEL_DEV", 30)
+    ledger.note_overdue(3, "DEL_DEV", 20, of_look=False)
+    ledger.note_overdue(3, "DEL_DEV", 30, of_look=False)
     ledger.note_answer(3, "GET_DEV_INFO")
     history = ledger.record(a_look(40))
     assert history.overdue
@@ -177,7 +177,7 @@ def test_notes_about_an_id_that_is_free_are_dropped() -> None:
     ledger.note_open(3, 1)
     ledger.note_death(3, 1)
     ledger.note_failure(3, "EIO", 1)
-    ledger.note_overdue(3, "DEL_DEV", 1)
+    ledger.note_overdue(3, "DEL_DEV", 1, of_look=False)
     ledger.note_answer(3, "DEL_DEV")
     assert ledger.forget(3) is None
     assert ledger.ids() == ()

@@ -175,7 +175,7 @@ class Histories(RuleBasedStateMachine):
     def boot(
         self, generation: tuple[bool, bool], settles_in: float, *, disk_goes_first: bool, believes_in_async: bool
     ) -> None:
-        self.kernel.driver = Traits(*generation)
+        self.kernel.ability = Traits(*generation)
         # What the version says of async deletion may be wrong either way.
         self.kernel.traits = Traits(generation[1] and believes_in_async, generation[1])
         self.kernel.settles_in = settles_in

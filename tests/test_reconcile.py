@@ -75,8 +75,7 @@ class Bench:
                 self.agenda.later(None, RESYNC)
 
     def _on_late(self, command: str, dev_id: int) -> None:
-        self.reconciler.ledger.note_answer(dev_id, command)
-        self.agenda.soon(dev_id)
+        self.reconciler.note_answer(dev_id, command)
 
     async def wait(self, seconds: float) -> None:
         """Let time pass; a defect of the daemon ends the test, and so does waiting for what never comes."""
@@ -351,12 +350,48 @@ def test_an_overdue_deletion_makes_it_wedged_and_nothing_more_is_sent_until_that
         assert bench.verdict(orphan) is VerdictKind.WEDGED
         await bench.wait(3600)
         assert bench.recorder.announced == [orphan.dev_id]
-        bench.reconciler.ledger.note_answer(orphan.dev_id, "GET_DEV_INFO")  # another one's late answer frees nobody
+        bench.reconciler.note_answer(orphan.dev_id, "GET_DEV_INFO")  # another one's late answer frees nobody
         await bench.wait(10)
         assert bench.verdict(orphan) is VerdictKind.WEDGED
         bench.kernel.answer(orphan, works=False)
         await bench.wait(1)
         assert not bench.is_there(orphan)
+
+    on_the_bench(test)
+
+
+def test_a_device_whose_look_is_overdue_is_wedged_and_asked_no_more_until_that_look_is_answered() -> None:
+    async def test(bench: Bench) -> None:
+        device = await bench.a_live_device()
+        other = await bench.a_live_device()
+        bench.kernel.unanswered.add(device.dev_id)
+        bench.agenda.soon(device.dev_id)
+        await bench.wait(1)
+        assert bench.verdict(device) is VerdictKind.WEDGED
+        asked = bench.kernel.asked.copy()
+        await bench.wait(10 * RESYNC)
+        assert bench.kernel.asked[device.dev_id] == asked[device.dev_id]
+        assert bench.kernel.asked[other.dev_id] > asked[other.dev_id]
+        bench.kernel.unanswered.clear()
+        bench.reconciler.note_answer(device.dev_id, "GET_DEV_INFO")
+        await bench.wait(1)
+        assert bench.verdict(device) is VerdictKind.LIVE
+
+    on_the_bench(test)
+
+
+def test_an_answer_that_overtakes_the_news_of_its_deadline_leaves_nothing_wedged() -> None:
+    async def test(bench: Bench) -> None:
+        device = await bench.a_live_device()
+        bench.kernel.unanswered.add(device.dev_id)
+        bench.agenda.soon(device.dev_id)
+        await bench.wait(0)
+        while bench.kernel.asked[device.dev_id] < 2:
+            await bench.wait(0.0001)
+        bench.reconciler.note_answer(device.dev_id, "GET_DEV_INFO")  # the pass has still to come to its end
+        bench.kernel.unanswered.clear()
+        await bench.wait(RESYNC)
+        assert bench.verdict(device) is VerdictKind.LIVE
 
     on_the_bench(test)
 

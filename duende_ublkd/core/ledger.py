@@ -26,10 +26,11 @@ _LONGEST_BUSY = 30.0  # seconds between two attempts to claim what somebody unse
 
 @dataclass(frozen=True, slots=True)
 class Overdue:
-    """A command that missed its deadline, and when that was seen."""
+    """A command that missed its deadline, and when that was seen. `of_look`: it was only a question."""
 
     command: str
     since: float
+    of_look: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +130,10 @@ class Ledger:
         if past := self._histories.get(dev_id):
             self._histories[dev_id] = replace(past, paused_until=until, pause_reason=why)
 
-    def note_overdue(self, dev_id: int, command: str, at: float) -> None:
-        """A command on this device did not answer in time."""
+    def note_overdue(self, dev_id: int, command: str, at: float, *, of_look: bool) -> None:
+        """A command on this device did not answer in time; the first one counts until its answer comes."""
         if past := self._histories.get(dev_id):
-            self._histories[dev_id] = replace(past, overdue=past.overdue or Overdue(command, at))
+            self._histories[dev_id] = replace(past, overdue=past.overdue or Overdue(command, at, of_look))
 
     def note_answer(self, dev_id: int, command: str) -> None:
         """A command answered after all; lifts what that one's missed deadline imposed, and nothing else."""

@@ -157,6 +157,7 @@ class Observation:
     age: float | None = None  # lower bound of the seconds since ADD_DEV, None: cannot be told
     trouble: str = ""
     had_disk: bool = False  # an event told that this instance had a disk: it was started
+    overdue: str = ""  # the command of this look that missed its deadline
 
     @property
     def state_name(self) -> str:
@@ -228,6 +229,14 @@ class Deed:
 
 
 @dataclass(frozen=True, slots=True)
+class DriverFacts:
+    """What the loaded ublk_drv says of itself. `features`: UBLK_F_* bits, 0 before 6.5; `slots_max`: ublks_max."""
+
+    features: int = 0
+    slots_max: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class PassReport:
     """One pass over some or all devices, as journal, metrics and alerts get it."""
 
@@ -238,6 +247,7 @@ class PassReport:
     gone: tuple[Judged, ...] = ()
     deeds: tuple[Deed, ...] = ()
     devices: dict[int, Judged] = field(default_factory=dict)
+    driver: DriverFacts | None = None  # as of this pass; None: not asked
     trouble: str = ""  # why the control device could not be asked at all
     hint: str = ""  # what to type then
 

@@ -32,7 +32,7 @@ from duende_ublkd.core.errors import (
     NoSuchDeviceError,
     UnsupportedError,
 )
-from duende_ublkd.core.model import Disk, Identity, Observation
+from duende_ublkd.core.model import Disk, DriverFacts, Identity, Observation
 from duende_ublkd.core.policy import Traits
 from duende_ublkd.kernel import abi
 from duende_ublkd.kernel.control import Control, kernel_version
@@ -44,7 +44,9 @@ if TYPE_CHECKING:
     from duende_ublkd.core.model import DevInfo, Usage
 
 SYSFS_CLASS = "/sys/class/ublk-char"
+SLOTS_MAX = "/sys/module/ublk_drv/parameters/ublks_max"
 SWEEP_AT_LEAST = 64  # ublks_max of old: the ids that an automatic ADD_DEV hands out first
+SWEEP_AT_MOST = 1024  # an id beyond was given by somebody, and is known from sysfs or from before
 SWEEP_MARGIN = 8
 USAGE_DEADLINE = 5.0
 SERVER_DEADLINE = 2.0
@@ -69,16 +71,22 @@ class UblkKernel:
         """The module went and came: whatever was learnt of the driver is of the old one."""
         self.control.forget()
 
-    async def observe(self, dev_ids: Collection[int] | None, remembered: Mapping[int, Rdevs]) -> list[Observation]:
-        """One look at the given ids, or at every id that can be found; ids that are free are left out.
+    async def driver(self) -> DriverFacts:
+        """Ask the driver about itself; also the question whether it is there at all."""
+        return DriverFacts(await self.control.features(), _read_slots_max())
 
-        `remembered`: ids known from earlier looks with their disks' numbers. Raises KernelUnavailableError.
-        """
-        await self.control.features()  # also the question whether the driver is there at all
-        wanted = _candidates(remembered) if dev_ids is None else sorted(dev_ids)
+    async def observe(self, dev_ids: Collection[int]) -> list[Observation]:
+        """One look at the given ids, lowest first; those that are free are left out. Raises KernelUnavailableError."""
+        wanted = sorted(dev_ids)
         seen = await asyncio.gather(*(self._observe_one(dev_id) for dev_id in wanted))
         present = [observation for observation in seen if observation is not None]
         return await self._with_servers(present)
+
+    def candidates(self, known: Collection[int]) -> set[int]:
+        """Every id worth asking about in a full look; `known`: those of earlier looks."""
+        listed = {*list_char_devices(), *known}
+        automatic = max((dev_id for dev_id in listed if dev_id < SWEEP_AT_MOST), default=0)
+        return listed | set(range(max(automatic + SWEEP_MARGIN, SWEEP_AT_LEAST)))
 
     async def look_for_users(self, seen: Collection[Observation], remembered: Mapping[int, Rdevs]) -> dict[int, Usage]:
         """Who has these devices open, and who holds their disks: one sweep over /proc for all of them."""
@@ -101,21 +109,11 @@ class UblkKernel:
         finally:
             claim.release()
 
-    async def is_taken(self, dev_id: int) -> bool:
-        """Whether the id is still taken, by this device or another."""
-        try:
-            await self.control.get_device_info(dev_id)
-        except NoSuchDeviceError:
-            return False
-        except CommandError:
-            return True
-        return True
-
     async def _observe_one(self, dev_id: int) -> Observation | None:
         for _ in range(_STABLE_READS):
             before = read_identity(dev_id)
             at = time.monotonic()
-            info, trouble = None, ""
+            info, trouble, overdue = None, "", ""
             try:
                 info = await self.control.get_device_info(dev_id)
             except NoSuchDeviceError:
@@ -123,7 +121,7 @@ class UblkKernel:
                     return None
                 continue  # added this very moment
             except CommandOverdueError as error:
-                trouble = str(error)
+                trouble, overdue = str(error), error.command
             except CommandError as error:
                 if error.errno == errno.EPERM and error.command == "GET_DEV_INFO":
                     raise KernelUnavailableError(
@@ -134,7 +132,8 @@ class UblkKernel:
             disk = read_disk(dev_id)
             had_disk = self.saw_disk(dev_id)
             if read_identity(dev_id) == before:
-                return replace(_observation(dev_id, at, before, disk, info, trouble), had_disk=had_disk)
+                seen = _observation(dev_id, at, before, disk, info, trouble)
+                return replace(seen, had_disk=had_disk, overdue=overdue)
         return _observation(
             dev_id, time.monotonic(), Identity(None), None, None, "another device took the id at each look"
         )
@@ -155,9 +154,9 @@ class UblkClaim:
         self._dev_id = dev_id
         self._fd = fd
 
-    async def look_again(self, remembered: Mapping[int, Rdevs]) -> Observation | None:
+    async def look_again(self) -> Observation | None:
         """Look once more at what the claim pins. None: the id is free."""
-        seen = await self._kernel.observe([self._dev_id], remembered)
+        seen = await self._kernel.observe([self._dev_id])
         return seen[0] if seen else None
 
     async def delete(self, info: DevInfo) -> None:
@@ -204,13 +203,6 @@ def _observation(
 ) -> Observation:
     node, age = read_char_device(dev_id, identity)
     return Observation(dev_id, at, info, identity, node, disk, age=age, trouble=trouble)
-
-
-def _candidates(remembered: Collection[int]) -> list[int]:
-    """Every id worth asking about; explicit ids beyond the sweep are known from sysfs or from before."""
-    listed = {*list_char_devices(), *remembered}
-    automatic = max((dev_id for dev_id in listed if dev_id < SWEEP_AT_LEAST * 16), default=0)
-    return sorted(listed | set(range(max(automatic + SWEEP_MARGIN, SWEEP_AT_LEAST))))
 
 
 def list_char_devices() -> list[int]:
@@ -299,6 +291,14 @@ def _open_exclusively(seen: Observation) -> int:
         os.close(fd)
         raise NoSuchDeviceError("open", seen.dev_id, errno.ENODEV, "its id belongs to another device now")
     return fd
+
+
+def _read_slots_max() -> int | None:
+    try:
+        text = _read_text(SLOTS_MAX)
+    except OSError:  # the parameter came with 6.3
+        return None
+    return int(text) if text.isdigit() else None
 
 
 def _disk_rdevs(disk: Disk | None) -> Rdevs:

@@ -16,7 +16,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
 from duende_ublkd import __version__
-from duende_ublkd.core.model import Outcome, VerdictKind
+from duende_ublkd.core.model import DriverFacts, Outcome, VerdictKind, feature_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
@@ -99,6 +99,7 @@ class Metrics:
         self._snapshot.devices = report.devices
         if not report.is_deed:
             self._snapshot.trouble = report.trouble
+            self._snapshot.driver = report.driver or DriverFacts()
             self._passes.observe(report.took)
             self._resyncs.inc(report.full)
         self._orphans.inc(sum(device.verdict.kind is VerdictKind.ORPHANED for device in report.changed))
@@ -128,6 +129,7 @@ class _Snapshot(Collector):
     def __init__(self) -> None:
         self.devices: Mapping[int, Judged] = {}
         self.trouble = ""
+        self.driver = DriverFacts()
         self.overdue: Callable[[], int] = int
 
     def collect(self) -> Iterable[Metric]:
@@ -144,6 +146,13 @@ class _Snapshot(Collector):
         for kind in VerdictKind:
             counts.add_metric([kind.value], sum(device.verdict.kind is kind for device in devices))
         yield counts
+        if self.driver.slots_max is not None:
+            what = "ublks_max: how many devices there may be up to 6.14; since then, how many unprivileged ones."
+            yield GaugeMetricFamily(f"{_PREFIX}_slots_max", what, value=self.driver.slots_max)
+        features = InfoMetricFamily(f"{_PREFIX}_kernel_feature", "What the driver can do.", labels=["feature"])
+        for name in feature_names(self.driver.features):
+            features.add_metric([name], {})
+        yield features
         yield from _per_device(devices)
 
 
