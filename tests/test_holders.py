@@ -579,7 +579,7 @@ class Stuck:
 
 async def until_free(sweeper: Sweeper) -> None:
     async with asyncio.timeout(PATIENCE):
-        while sweeper.stuck_at:  # noqa: ASYNC110 - the sweeper tells nobody when it is free, it is asked
+        while sweeper.stuck_at:
             await asyncio.sleep(0)
 
 

@@ -113,7 +113,7 @@ def with_ring(body: Callable[[Ring], Coroutine[Any, Any, None]], made: Callable[
 
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(5):
-        while not condition():  # noqa: ASYNC110 -- the ring has no event for what a test wants to see
+        while not condition():
             await asyncio.sleep(0.001)
 
 

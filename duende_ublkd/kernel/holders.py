@@ -258,6 +258,7 @@ class _Sweep:
         self._finds = {dev_id: _Finds() for dev_id in self._targets}
         self._owners: dict[Rdev, str | None] = {}
         self._by_char = {t.char_rdev: t.dev_id for t in self._targets.values() if t.char_rdev}
+        self._directories: dict[int, list[str]] = {}
         self._by_disk: dict[Rdev, int] = {}
         self._aliases: set[str] = set()  # where a devtmpfs node is bind-mounted under another name
         self._namespaces_named: set[str] = set()
@@ -346,13 +347,20 @@ class _Sweep:
 
     def _learn_disks(self) -> None:
         for dev_id, target in self._targets.items():
-            disk = f"{self._sys}/block/ublkb{dev_id}"
-            present = [disk, *(f"{disk}/{name}" for name in self._list(disk) if disk_id(name) == dev_id)]
-            found = {rdev_of(self._read(f"{directory}/dev") or b"") for directory in present}
+            found = {rdev_of(self._read(f"{directory}/dev") or b"") for directory in self._disk_directories(dev_id)}
             for rdev in target.disk_rdevs | {rdev for rdev in found if rdev}:
                 owner = self._owner(rdev)
                 if owner is None or disk_id(owner) == dev_id:
                     self._by_disk[rdev] = dev_id
+
+    def _disk_directories(self, dev_id: int) -> list[str]:
+        """A disk's directory in sysfs and those of its partitions; empty for a disk that has gone."""
+        if dev_id not in self._directories:
+            disk = f"{self._sys}/block/ublkb{dev_id}"
+            inside = self._list(disk)
+            partitions = [f"{disk}/{name}" for name in inside if name.startswith(f"ublkb{dev_id}p")]
+            self._directories[dev_id] = [disk, *partitions] if inside else []
+        return self._directories[dev_id]
 
     def _owner(self, rdev: Rdev) -> str | None:
         """The name of the disk or partition that has this dev_t now; None: no disk has."""
@@ -564,9 +572,7 @@ class _Sweep:
 
     def _look_at_stacks(self) -> None:
         for dev_id in self._targets:
-            disk = f"{self._sys}/block/ublkb{dev_id}"
-            partitions = (f"{disk}/{name}" for name in self._list(disk) if disk_id(name) == dev_id)
-            for directory in (disk, *partitions):
+            for directory in self._disk_directories(dev_id):
                 for name in self._list(f"{directory}/holders"):
                     self._hold_by_device(dev_id, name)
         for name in self._list(f"{self._sys}/block"):

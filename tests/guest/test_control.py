@@ -4,7 +4,6 @@ A device without a server is added and left alone (DEAD); mini_server, which sha
 """
 
 # One coroutine at a time runs here: nobody minds when it blocks, and polling is all that the driver offers.
-# ruff: noqa: ASYNC110, ASYNC220, ASYNC221, ASYNC240
 
 import asyncio
 import contextlib

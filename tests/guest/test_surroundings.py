@@ -75,9 +75,7 @@ def test_without_the_module_it_says_how_to_load_it() -> None:
 
 
 def test_a_port_in_use_is_named() -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 10116))
-        other.listen()
+    with socket.create_server(("127.0.0.1", 10116)):
         says(command("run"), 2, "cannot listen on 127.0.0.1:10116", "try: ")
 
 

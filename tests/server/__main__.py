@@ -215,7 +215,7 @@ def _target(options: argparse.Namespace, dev_id: int, size: int) -> Target:
 
 async def _until(predicate: Callable[[], bool]) -> None:
     async with asyncio.timeout(SETTLE_DEADLINE):
-        while not predicate():  # noqa: ASYNC110 - what is waited for raises no event
+        while not predicate():
             await asyncio.sleep(0.005)
 
 
