@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from duende_ublkd import __version__
 from duende_ublkd.core.errors import DuendeError, KernelUnavailableError
 from duende_ublkd.kernel.control import open_control_device
+from duende_ublkd.kernel.memory import lock_memory, locked_bytes
 from duende_ublkd.kernel.process import SoleDaemon, run_directory, tell_service_manager
 from duende_ublkd.kernel.servers import DeathWatch
 from duende_ublkd.kernel.udev import NodeWatch, Uevents
@@ -45,7 +46,7 @@ class Daemon:
         self._ready = False
         self._metrics = Metrics()
         self._parts = Parts(config, (Journal(), self._metrics, self), on_command=self._metrics.command)
-        self._metrics.overdue_from(lambda: self._parts.ring.stats.overdue)
+        self._metrics.read_from(overdue=lambda: self._parts.ring.stats.overdue, locked=locked_bytes)
         self._agenda = self._parts.agenda
         self._web: WebServer | None = None
         self._deaths = DeathWatch(self._on_death)
@@ -65,6 +66,7 @@ class Daemon:
     async def run(self) -> None:
         """Until told to stop. Raises DuendeError for what keeps it from starting, and for a defect."""
         os.close(open_control_device())
+        self._lock_memory()
         self._web = await self._listen(self._config.http.listen)
         self._nodes = NodeWatch(self)
         uevents = Uevents(self)
@@ -88,7 +90,8 @@ class Daemon:
             raise KernelUnavailableError(first.trouble, hint=first.hint)
         self._ready = True
         self._agenda.later(None, self._config.daemon.resync_interval)
-        log.info("duende-ublkd %s looks after %d devices", __version__, len(self.devices))
+        count = len(self.devices)
+        log.info("duende-ublkd %s looks after %d device%s", __version__, count, "" if count == 1 else "s")
         tell_service_manager("READY=1")
         stopped = asyncio.ensure_future(self._stop.wait())
         while not self._stop.is_set():
@@ -155,6 +158,15 @@ class Daemon:
             if device.seen.server and device.seen.server.pid == pid:
                 self._parts.reconciler.ledger.note_death(dev_id, now)
                 self._agenda.soon(dev_id)
+
+    def _lock_memory(self) -> None:
+        """Before the first look, and with everything imported. A daemon that may be swapped out is better than none."""
+        if not self._config.daemon.lock_memory:
+            return
+        try:
+            lock_memory()
+        except DuendeError as error:
+            log.warning("%s; %s", error, error.hint)
 
     def _take_signals(self) -> None:
         for number in STOP_SIGNALS:

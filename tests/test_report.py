@@ -92,7 +92,7 @@ def test_each_change_is_one_line_with_the_sentence(lines: list[tuple[str, str]])
     journal.passed(a_report(gone=(device,), deeds=(deed,)))
     assert lines == [
         ("INFO", "ublk3 is orphaned: server 7 (loop) died, device DEAD"),
-        ("INFO", "ublk3: deleting it: server 7 (loop) died, device DEAD"),
+        ("INFO", "ublk3 is orphaned: server 7 (loop) died, device DEAD; deleting it"),
         (
             "WARNING",
             "ublk3 deleted: server 7 (loop) died, device DEAD; id free again after 3 ms, 512 ms after the death was seen",
@@ -140,7 +140,7 @@ def test_metrics_count_what_was_done() -> None:
     metrics.command("GET_DEV_INFO", "ok", 0.0002)
     metrics.uevent("block", "remove")
     metrics.overflowed()
-    metrics.overdue_from(lambda: 5)
+    metrics.read_from(overdue=lambda: 5, locked=lambda: 4096)
     text = metrics.render().decode()
     for sample in (
         'duende_ublkd_actions_total{action="delete",outcome="deleted"} 1.0',
@@ -150,6 +150,7 @@ def test_metrics_count_what_was_done() -> None:
         'duende_ublkd_uevents_total{action="remove",subsystem="block"} 1.0',
         "duende_ublkd_uevent_overflows_total 1.0",
         "duende_ublkd_commands_overdue 5.0",
+        "duende_ublkd_memory_locked_bytes 4096.0",
     ):
         assert sample in text, sample
 

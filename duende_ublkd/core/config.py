@@ -167,6 +167,13 @@ def _boolean(value: object) -> bool:
     return value
 
 
+def _directory(value: object) -> str:
+    text = _text(value, '"/var/lib/duende-ublkd"')
+    if not text.startswith("/") or "\0" in text:
+        raise WrongValueError(f"{_shown(text)} is not an absolute path", hint='write it as "/var/lib/duende-ublkd"')
+    return text
+
+
 def _choice(members: type[_E]) -> Callable[[object], _E]:
     names = [str(member.value) for member in members]
 
@@ -313,6 +320,8 @@ class DaemonConfig:
     resync_interval: float = field(default=30.0, metadata=_read_by(_duration(1, DAY)))
     command_deadline: float = field(default=10.0, metadata=_read_by(_duration(1, 600)))
     dry_run: bool = field(default=False, metadata=_read_by(_boolean))
+    lock_memory: bool = field(default=True, metadata=_read_by(_boolean))
+    state_dir: str = field(default="/var/lib/duende-ublkd", metadata=_read_by(_directory))
 
 
 @dataclass(frozen=True, slots=True)

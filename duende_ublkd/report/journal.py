@@ -59,7 +59,8 @@ class Journal:
 
     def intends(self, device: Judged) -> None:
         """Before a destructive action."""
-        log.info("ublk%d: deleting it: %s", device.seen.dev_id, device.verdict.reason)
+        verdict = device.verdict
+        log.info("ublk%d is %s: %s; deleting it", device.seen.dev_id, verdict.kind.value, verdict.reason)
 
     def passed(self, report: PassReport) -> None:
         """After a pass or a deed."""

@@ -87,9 +87,10 @@ class Metrics:
         """The exposition text of now."""
         return generate_latest(self.registry)
 
-    def overdue_from(self, source: Callable[[], int]) -> None:
-        """Where the number of overdue commands is read from."""
-        self._snapshot.overdue = source
+    def read_from(self, *, overdue: Callable[[], int], locked: Callable[[], int]) -> None:
+        """What a scrape asks for itself: the number of overdue commands, and the bytes of locked memory."""
+        self._snapshot.overdue = overdue
+        self._snapshot.locked = locked
 
     def intends(self, device: Judged) -> None:
         """A deed is counted when it is done."""
@@ -131,6 +132,7 @@ class _Snapshot(Collector):
         self.trouble = ""
         self.driver = DriverFacts()
         self.overdue: Callable[[], int] = int
+        self.locked: Callable[[], int] = int
 
     def collect(self) -> Iterable[Metric]:
         devices = list(self.devices.values())
@@ -141,6 +143,9 @@ class _Snapshot(Collector):
         yield GaugeMetricFamily(f"{_PREFIX}_slots_used", "Ids that are taken.", value=len(devices))
         yield GaugeMetricFamily(
             f"{_PREFIX}_commands_overdue", "Commands past their deadline now.", value=self.overdue()
+        )
+        yield GaugeMetricFamily(
+            f"{_PREFIX}_memory_locked_bytes", "Memory that cannot be swapped out.", value=self.locked()
         )
         counts = GaugeMetricFamily(f"{_PREFIX}_devices", "Devices by verdict.", labels=["verdict"])
         for kind in VerdictKind:

@@ -196,6 +196,13 @@ def test_an_unprivileged_device_is_reaped_too(daemon: DaemonProcess) -> None:
         wait_until(lambda: is_free(17), 30, "id 17 is free")
 
 
+def test_its_memory_is_locked(daemon: DaemonProcess) -> None:
+    locked = daemon.metric("duende_ublkd_memory_locked_bytes")
+    assert locked is not None
+    assert locked > 10 << 20
+    print(f"\nlocked: {locked / (1 << 20):.0f} MiB")
+
+
 def test_signals_make_it_look_and_reload(daemon: DaemonProcess) -> None:
     before = daemon.metric("duende_ublkd_resyncs_total")
     assert before is not None
