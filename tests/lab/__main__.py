@@ -13,8 +13,8 @@ from tests.lab.errors import LabError
 from tests.native import build as native
 
 RESULTS = image.REPOSITORY / ".lab"
-# A hung test says where it hangs, in good time before the guest's own limit.
-HUNG_TEST_S = 180
+# A hung test says where it hangs and ends the guest, in good time before the guest's own limit.
+HUNG_TEST_S = 300
 # pytest would load hypothesis' plugin and rewrite every assertion in all of hypothesis: 30 s on an emulated CPU.
 PYTEST_ENVIRONMENT = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
@@ -100,7 +100,8 @@ def _pytest(options: argparse.Namespace) -> int:
     arguments = options.rest
     if not any(argument.startswith("tests/") for argument in arguments):
         arguments = ["tests/guest", *arguments]
-    own = ["-p", "no:cacheprovider", f"-ofaulthandler_timeout={HUNG_TEST_S}", "--junit-xml=/results/junit.xml"]
+    hung = [f"-ofaulthandler_timeout={HUNG_TEST_S}", "-ofaulthandler_exit_on_timeout=true"]
+    own = ["-p", "no:cacheprovider", *hung, "--junit-xml=/results/junit.xml"]
     command = ["python3", "-m", "pytest", *own, *arguments]
     return _in_guest(options, command, options.kernel, PYTEST_ENVIRONMENT)
 
