@@ -91,8 +91,11 @@ def _parser() -> argparse.ArgumentParser:
         "3 the kernel's control device is missing or not permitted.",
     )
     parser.add_argument("--version", action="version", version=f"duende-ublkd {__version__}")
+    help_config = f"configuration (default: {DEFAULT_PATH})"
+    parser.add_argument("--config", metavar="FILE", help=help_config)
     common = _Parser(add_help=False)
-    common.add_argument("--config", metavar="FILE", help=f"configuration (default: {DEFAULT_PATH})")
+    # SUPPRESS: given before the command only, it must not be overwritten by the default of the command's own.
+    common.add_argument("--config", metavar="FILE", help=help_config, default=argparse.SUPPRESS)
     reader = _Parser(add_help=False)
     reader.add_argument("--json", action="store_true", help="print JSON")
     changer = _Parser(add_help=False)

@@ -113,6 +113,12 @@ def test_a_configuration_that_is_not_there_is_an_error_when_it_was_named(tmp_pat
     says(run("check-config", str(tmp_path)), 2, "is a directory", "try: ")
 
 
+def test_the_configuration_may_be_named_before_or_after_the_command(tmp_path: Path) -> None:
+    missing = str(tmp_path / "nowhere.toml")
+    for arguments in (("--config", missing, "list"), ("list", "--config", missing)):
+        says(run(*arguments), 2, "nowhere.toml: no such file")
+
+
 def test_a_reader_that_stops_reading_is_no_error() -> None:
     done = subprocess.run(
         f"{sys.executable} -m duende_ublkd --help | head -n 1",

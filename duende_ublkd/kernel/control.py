@@ -244,20 +244,23 @@ def open_control_device(path: str = abi.CONTROL_DEVICE) -> int:
     try:
         return os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
-        message, hint = _why_no_control_device(path, error.errno or 0)
+        message, hint = why_no_control_device(path, error.errno or 0, os.uname().release, os.geteuid())
         missing = error.errno in _NO_DRIVER
         raise KernelUnavailableError(message, hint=hint, no_driver=missing) from error
 
 
-def _why_no_control_device(path: str, number: int) -> tuple[str, str]:
+def why_no_control_device(path: str, number: int, release: str, euid: int) -> tuple[str, str]:
+    """What the errno of an open means on this kernel for this user, and what to type next."""
     if number in (errno.EACCES, errno.EPERM):
-        if os.geteuid() != 0:
+        if euid != 0:
             return f"{path} may be opened by root only", "run it as root: sudo duende-ublkd ..."
         return f"{path} may not be opened here", "give the service DeviceAllow=/dev/ublk-control rw and CAP_SYS_ADMIN"
     if number in _NO_DRIVER:
-        release = os.uname().release
         if kernel_version(release) < (6, 0):
-            return f"kernel {release} has no ublk; it came with 6.0", "boot a kernel of 6.0 or newer; see: uname -r"
+            return (
+                f"{path} is missing: kernel {release} is older than ublk, which came with 6.0",
+                "boot a kernel of 6.0 or newer; if the vendor has added ublk to this one: modprobe ublk_drv",
+            )
         return (
             f"{path} is missing: the ublk driver is not loaded",
             "modprobe ublk_drv  # if that fails, the kernel was built without CONFIG_BLK_DEV_UBLK",

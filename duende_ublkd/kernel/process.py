@@ -59,5 +59,5 @@ def tell_service_manager(message: str) -> None:
         channel.setblocking(False)
         try:
             channel.sendto(message.encode(), address)
-        except (BlockingIOError, FileNotFoundError, ConnectionRefusedError):
-            return  # it restarts, or is busy: a status line less
+        except OSError:
+            return  # it restarts, or is busy, or forbids it: a status line less, and no reason to end
