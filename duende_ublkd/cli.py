@@ -14,7 +14,7 @@ import re
 import shutil
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from duende_ublkd import __version__
 from duende_ublkd.core.errors import ExitCode, KernelUnavailableError, UsageError
@@ -26,10 +26,11 @@ from duende_ublkd.report import present
 from duende_ublkd.report.journal import set_up_logging
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from duende_ublkd.core.config import Config
     from duende_ublkd.core.model import Deed, Judged, PassReport
+    from duende_ublkd.reconcile import Agenda, Reconciler
 
 MAX_DEV_ID = (1 << 20) - 1
 SETTLE_FOR = 5.0
@@ -154,28 +155,41 @@ async def _look(config: Config, dev_id: int | None) -> tuple[list[Judged], dict[
         await parts.close()
 
 
-async def _settle(parts: Parts, dev_ids: set[int] | None, *, act: bool) -> None:
+class _Core(Protocol):
+    """What a one-shot look needs of its parts."""
+
+    reconciler: Reconciler
+    agenda: Agenda
+
+
+async def _settle(
+    parts: _Core, dev_ids: set[int] | None, *, act: bool, clock: Callable[[], float] = time.monotonic
+) -> None:
     """Look, and look again at whatever may change in a moment, until nothing does or SETTLE_FOR is over."""
-    until = time.monotonic() + SETTLE_FOR
+    until = clock() + SETTLE_FOR
     reconciler = parts.reconciler
     wanted = dev_ids
     while True:
         report = await reconciler.run_pass(wanted, act=act, thorough=True)
         if report.trouble:
             raise KernelUnavailableError(report.trouble, hint=report.hint)
-        await reconciler.finish_deeds()
-        waits = [_wait_for(device) for device in reconciler.devices.values()]
-        moving = {device.seen.dev_id for device in reconciler.devices.values() if _wait_for(device) is not None}
-        gone = reconciler.ledger.ids() != tuple(reconciler.devices)
-        if (not moving and not gone) or time.monotonic() > until:
+        acted = await reconciler.finish_deeds()
+        parts.agenda.check()
+        waits = dict.fromkeys(acted & reconciler.devices.keys(), 0.05)  # spared, or deleted and held: what is it now?
+        for device in reconciler.devices.values():
+            if (wait := _wait_for(device, patient=act)) is not None:
+                waits.setdefault(device.seen.dev_id, wait)
+        if not waits or clock() > until:
             return
-        await asyncio.sleep(min((wait for wait in waits if wait is not None), default=0.0))
-        wanted = moving
+        await asyncio.sleep(min(waits.values()))
+        wanted = set(waits)
 
 
-def _wait_for(device: Judged) -> float | None:
-    """Seconds until another look is worth it for somebody who waits; None when it is not."""
+def _wait_for(device: Judged, *, patient: bool) -> float | None:
+    """Seconds until another look is worth it; None when it is not. `patient`: also for whoever has it open to close it."""
     verdict = device.verdict
+    if device.seen.usage and device.seen.usage.char_openers and not patient:
+        return None
     if verdict.look_again_in is None or verdict.look_again_in > SHORT_WAIT:
         return None
     return verdict.look_again_in if verdict.kind in (VerdictKind.CLOSING, VerdictKind.STARTING) else None

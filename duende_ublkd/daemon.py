@@ -27,7 +27,7 @@ from duende_ublkd.report.metrics import Metrics
 from duende_ublkd.report.web import WebServer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Coroutine, Mapping
 
     from duende_ublkd.core.config import Address, Config
     from duende_ublkd.core.model import Judged, PassReport
@@ -52,6 +52,8 @@ class Daemon:
         self._deaths = DeathWatch(self._on_death)
         self._nodes: NodeWatch | None = None
         self._trouble = ""
+        self._reloading = asyncio.Lock()
+        self._reloads: set[asyncio.Task[None]] = set()
 
     @property
     def devices(self) -> Mapping[int, Judged]:
@@ -79,30 +81,40 @@ class Daemon:
             uevents.close()
             self._nodes.close()
             self._deaths.close()
+            await self._parts.close()
             if self._web:
                 await self._web.close()
-            await self._parts.close()
         log.info("stopped")
 
     async def _look_until_stopped(self) -> None:
+        if await self._unless_stopped(self._look_first()):
+            return
+        count = len(self.devices)
+        log.info("duende-ublkd %s looks after %d device%s", __version__, count, "" if count == 1 else "s")
+        tell_service_manager("READY=1")
+        while not await self._unless_stopped(self._look_once()):
+            pass
+
+    async def _unless_stopped(self, look: Coroutine[None, None, None]) -> bool:
+        """Run it to its end, unless told to stop; returns whether that was so."""
+        looking = asyncio.ensure_future(look)
+        stopped = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait([looking, stopped], return_when=asyncio.FIRST_COMPLETED)
+        stopped.cancel()
+        if looking.done():
+            looking.result()
+        else:
+            looking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await looking
+        return self._stop.is_set()
+
+    async def _look_first(self) -> None:
         first = await self._parts.reconciler.run_pass(None)
         if first.trouble:
             raise KernelUnavailableError(first.trouble, hint=first.hint)
         self._ready = True
         self._agenda.later(None, self._config.daemon.resync_interval)
-        count = len(self.devices)
-        log.info("duende-ublkd %s looks after %d device%s", __version__, count, "" if count == 1 else "s")
-        tell_service_manager("READY=1")
-        stopped = asyncio.ensure_future(self._stop.wait())
-        while not self._stop.is_set():
-            look = asyncio.ensure_future(self._look_once())
-            await asyncio.wait([look, stopped], return_when=asyncio.FIRST_COMPLETED)
-            if look.done():
-                look.result()
-            else:
-                look.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await look
 
     async def _look_once(self) -> None:
         dev_ids = await self._agenda.next()
@@ -148,8 +160,10 @@ class Daemon:
         self._metrics.overflowed()
         self._agenda.soon(None)
 
-    def on_node(self, dev_id: int) -> None:
+    def on_node(self, dev_id: int, *, opened: bool) -> None:
         """A node was opened or closed, by a server or by ourselves."""
+        if opened:
+            self._parts.reconciler.note_opened(dev_id)
         self._agenda.soon(dev_id)
 
     def _on_death(self, pid: int) -> None:
@@ -175,10 +189,21 @@ class Daemon:
         self._loop.add_signal_handler(signal.SIGHUP, self._start_reload)
 
     def _start_reload(self) -> None:
-        self._reload = asyncio.ensure_future(self.reload())
+        reload = asyncio.ensure_future(self.reload())
+        self._reloads.add(reload)
+        reload.add_done_callback(self._end_reload)
+
+    def _end_reload(self, reload: asyncio.Task[None]) -> None:
+        self._reloads.discard(reload)
+        if not reload.cancelled() and (defect := reload.exception()):
+            self._agenda.fail(defect)
 
     async def reload(self) -> None:
         """Take the configuration file anew; keep the old one when the new one is wrong."""
+        async with self._reloading:
+            await self._take_config()
+
+    async def _take_config(self) -> None:
         tell_service_manager(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             config = read_config(self._path)

@@ -23,6 +23,7 @@ from duende_ublkd.core.errors import (
     BusyError,
     CommandError,
     CommandOverdueError,
+    DuendeError,
     InterruptedCommandError,
     KernelUnavailableError,
     NoSuchDeviceError,
@@ -120,11 +121,15 @@ class Agenda:
         self._defect = defect
         self._changed.set()
 
+    def check(self) -> None:
+        """Raise the defect, if there is one."""
+        if self._defect:
+            raise self._defect
+
     async def next(self) -> set[int] | None:
         """Wait for the next look that is due: the ids, or None for all."""
         while True:
-            if self._defect:
-                raise self._defect
+            self.check()
             now = self._loop.time()
             if self._all_due is not None and self._all_due <= now:
                 self._all_due = None
@@ -175,8 +180,8 @@ class Reconciler:
         try:
             driver = await self._kernel.driver()
             wanted = (self._kernel.candidates(self.ledger.ids()) if dev_ids is None else dev_ids) - left_out
-            seen = await self._observe(wanted, thorough=thorough)
-        except (KernelUnavailableError, CommandError, CommandOverdueError) as error:
+            seen = await self._observe(wanted, thorough=thorough or dev_ids is None)
+        except (KernelUnavailableError, CommandError, CommandOverdueError, OSError) as error:
             no_driver = isinstance(error, KernelUnavailableError) and error.no_driver
             gone = self._notice_gone(self.devices.keys() - left_out) if no_driver else []
             took = self._clock() - began
@@ -187,7 +192,9 @@ class Reconciler:
                 gone=tuple(gone),
                 devices=self.devices,
                 trouble=str(error),
-                hint=error.hint,
+                hint=error.hint
+                if isinstance(error, DuendeError)
+                else "see the limits: systemctl show -p LimitNOFILE duende-ublkd",
             )
             self._reporter.passed(report)
             return report
@@ -215,10 +222,18 @@ class Reconciler:
         self.ledger.note_answer(dev_id, command)
         self._agenda.soon(dev_id)
 
-    async def finish_deeds(self) -> None:
-        """Wait until nothing destructive is under way."""
+    async def finish_deeds(self) -> set[int]:
+        """Wait until nothing destructive is under way; the ids that something was done to."""
+        done: set[int] = set()
         while self._deeds:
+            done |= self._deeds.keys()
             await asyncio.wait(self._deeds.values())
+        return done
+
+    def note_opened(self, dev_id: int) -> None:
+        """Somebody has opened a device's char node; not we, as long as nothing is done to it."""
+        if dev_id not in self._deeds:
+            self.ledger.note_opened(dev_id, self._clock())
 
     def policy_for(self, seen: Observation, history: History) -> Policy:
         """The policy that the configuration gives this device."""
@@ -262,6 +277,9 @@ class Reconciler:
             history = self.ledger.get(seen.dev_id) or history
         verdict = policy.decide(seen, history, self.policy_for(seen, history), self._kernel.traits, seen.at)
         history, before = self.ledger.note_verdict(seen.dev_id, verdict, seen.at)
+        last = self.devices.get(seen.dev_id)
+        if seen.usage is None and last and last.seen.identity == seen.identity:
+            seen = replace(seen, usage=last.seen.usage)  # for people: who used it when somebody last looked
         device = Judged(seen, verdict, history.verdict_since)
         self.devices[seen.dev_id] = device
         return device if before else None
@@ -280,7 +298,8 @@ class Reconciler:
 
     async def _carry_out(self, device: Judged) -> None:
         async with self._slots:
-            await self._try_to_delete(device)
+            if not self.config.daemon.dry_run:
+                await self._try_to_delete(device)
 
     async def _try_to_delete(self, device: Judged) -> None:
         """One deletion from the announcement to the report; every failure ends here, as a deed with its reason."""
@@ -333,6 +352,8 @@ class Reconciler:
 
     def _why_not(self, device: Judged, again: Observation) -> str:
         """The second look, with nobody able to change the answer any more. Empty: go on."""
+        if self.config.daemon.dry_run:
+            return "dry run"
         if again.identity.sysfs_inode is None:
             return "somebody else deleted it"
         if again.identity != device.seen.identity:
@@ -345,11 +366,14 @@ class Reconciler:
     async def _confirm(self, deleted: Observation) -> tuple[Outcome, str]:
         """Wait for the id to become free; nothing but asking tells (freeing an id emits no event)."""
         pause, until = _FIRST_CONFIRM, self._clock() + CONFIRM_FOR
-        while not await self._is_free(deleted):
-            if self._clock() > until:
-                return Outcome.DELETED_STILL_HELD, "its id frees itself when the last holder lets go"
-            await asyncio.sleep(pause)
-            pause *= 2
+        try:
+            while not await self._is_free(deleted):
+                if self._clock() > until:
+                    return Outcome.DELETED_STILL_HELD, "its id frees itself when the last holder lets go"
+                await asyncio.sleep(pause)
+                pause *= 2
+        except (CommandError, CommandOverdueError, KernelUnavailableError, OSError) as error:
+            return Outcome.DELETED_STILL_HELD, f"nobody could tell whether its id is free: {error}"
         return Outcome.DELETED, ""
 
     async def _is_free(self, deleted: Observation) -> bool:

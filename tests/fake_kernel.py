@@ -98,7 +98,8 @@ class Process:
     visible: bool = True
 
     def as_seen(self) -> Server:
-        return Server(self.pid, alive=self.alive, comm=self.comm if self.alive else "")
+        name = self.comm if self.alive else ""
+        return Server(self.pid, alive=self.alive, comm=name, exe=f"/usr/bin/{name}" if name else "")
 
 
 @dataclass(eq=False)
@@ -165,6 +166,7 @@ class FakeKernel:
         self.on_late: Callable[[str, int], None] = lambda _command, _dev_id: None
         self.hints_lost = False
         self.unavailable = False
+        self.descriptors_left = True
         self.looks_are_overdue = False
         self.sees_everything = True  # a sweep over /proc is complete
         self.clock_was_set = False  # the age of a node cannot be told
@@ -193,6 +195,8 @@ class FakeKernel:
         return DriverFacts()
 
     def candidates(self, known: Collection[int]) -> set[int]:
+        if not self.descriptors_left:
+            raise OSError(errno.EMFILE, "Too many open files")
         listed = (dev_id for dev_id, instance in self.taken.items() if instance.listed)
         return {*listed, *known, *range(SWEPT)}
 

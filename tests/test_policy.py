@@ -61,6 +61,7 @@ class Case:
     trouble: str = ""
     unprivileged: bool = False
     seen_live: bool = True
+    server_died: bool = True
     phase_for: float = 100.0  # seconds
     idle_for: float | None = 100.0
     watched_for: float | None = 100.0
@@ -95,6 +96,7 @@ class Case:
             seen_idle_since=None if self.watched_for is None else NOW - self.watched_for,
             idle_since=None if self.idle_for is None else NOW - self.idle_for,
             server=GONE if self.seen_live else None,
+            server_died=self.server_died,
             overdue=Overdue("DEL_DEV_ASYNC", NOW - 11) if self.overdue else None,
             paused_until=NOW + self.paused_for,
             pause_reason="deleting it failed: DEL_DEV_ASYNC on ublk3: input/output error" if self.paused_for else "",
@@ -134,13 +136,14 @@ TRUTH = {
     "taken over": (replace(UNSERVED, usage=OPEN), "recovering", "none", "4122 (worker) has taken its char device"),
     "quiesced, stopped": (replace(UNSERVED, disk=None), "closing", "none", "being stopped"),
     "stray QUIESCED": (replace(UNSERVED, disk=None, seen_live=False), "unknown", "alert", "stray state"),
-    "added": (ADDED, "starting", "none", "its server has 60 s to open it"),
+    "added": (ADDED, "starting", "none", "of 60 s left to open it"),
     "being set up": (replace(ADDED, usage=OPEN), "starting", "none", "being set up by 4122 (worker)"),
     "never opened": (replace(ADDED, idle_for=61.0), "orphaned", "delete", "never seen LIVE"),
     "not yet closed": (Case(usage=OPEN), "closing", "none", "not yet closed by 4122 (worker)"),
     "watched briefly": (Case(idle_for=0.2, watched_for=0.2), "closing", "none", "watched for 500 ms"),
     "idle only begins": (Case(idle_for=None, watched_for=None), "closing", "none", "only begins"),
     "orphan": (Case(), "orphaned", "delete", "server 4121 died, device DEAD, nobody has it open, nothing holds it"),
+    "orphan of the living": (Case(server_died=False), "orphaned", "delete", "server 4121 has let go, device DEAD"),
     "orphan, swept in part": (Case(usage=SWEPT_IN_PART), "orphaned", "delete", "device DEAD"),
     "orphan, kept": (Case(policy=KEEPS), "orphaned", "alert", "device DEAD"),
     "orphan, ignored": (Case(policy=Policy(orphaned=OnOrphan.IGNORE)), "orphaned", "none", "device DEAD"),

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from duende_ublkd.core.config import Config, DaemonConfig
+from duende_ublkd.core.config import Config, DaemonConfig, load
 from duende_ublkd.core.model import Action, Deed, Feature, Holder, Judged, Outcome, PassReport, VerdictKind
 from duende_ublkd.core.policy import Traits
-from duende_ublkd.reconcile import Agenda, Reconciler
+from duende_ublkd.reconcile import MOST_DEEDS, Agenda, Reconciler
 from tests.fake_kernel import DEADLINE, FakeKernel, Fault, Instance, VirtualLoop, run
 
 if TYPE_CHECKING:
@@ -648,3 +648,81 @@ def test_virtual_time_does_not_hide_a_deadlock() -> None:
     task.cancel()
     loop.run_until_complete(asyncio.gather(task, return_exceptions=True))
     loop.close()
+
+
+# --- who is taken for whom --------------------------------------------------------------------------------------------
+
+
+def test_whoever_looks_into_a_corpse_is_not_its_server_and_changes_no_policy() -> None:
+    config = load(b'[[device]]\nmatch = { server = "ublk.test" }\norphaned = "alert"\n', "config.toml")
+
+    async def test(bench: Bench) -> None:
+        kept = await bench.an_orphan()
+        await bench.wait(2)
+        assert bench.is_there(kept)
+        probe = bench.kernel.process("blkid")
+        bench.kernel.open(kept, probe)
+        await bench.wait(0.05)
+        bench.kernel.close(kept, probe)
+        await bench.wait(10 * RESYNC)
+        assert bench.is_there(kept)
+
+    on_the_bench(test, config)
+
+
+def test_an_open_that_an_event_told_of_starts_the_grace_anew() -> None:
+    async def test(bench: Bench) -> None:
+        added = bench.kernel.add()
+        await bench.wait(59)
+        bench.reconciler.note_opened(added.dev_id)  # and closed again before anybody could look
+        await bench.wait(58)
+        assert bench.is_there(added)
+        await bench.wait(5)
+        assert not bench.is_there(added)
+
+    on_the_bench(test)
+
+
+# --- surroundings -----------------------------------------------------------------------------------------------------
+
+
+def test_a_look_that_finds_no_descriptor_left_is_trouble_and_not_the_end() -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan()
+        bench.kernel.descriptors_left = False
+        await bench.wait(2 * RESYNC)
+        assert "Too many open files" in bench.recorder.troubles[-1]
+        bench.kernel.descriptors_left = True
+        await bench.wait(2 * RESYNC)
+        assert not bench.is_there(orphan)
+
+    on_the_bench(test)
+
+
+def test_a_dry_run_that_a_reload_brings_holds_back_what_still_waits_for_its_turn() -> None:
+    async def test(bench: Bench) -> None:
+        devices = [await bench.a_live_device() for _ in range(MOST_DEEDS + 6)]
+        for each in devices:
+            bench.kernel.deletion_takes[each.dev_id] = 5.0
+            bench.kernel.kill(each.openers[0])
+        await bench.wait(2)
+        assert len(bench.recorder.announced) == MOST_DEEDS
+        bench.reconciler.config = Config(daemon=DaemonConfig(dry_run=True))
+        await bench.wait(20)
+        assert len(bench.recorder.announced) == MOST_DEEDS
+
+    on_the_bench(test)
+
+
+def test_a_deletion_that_cannot_be_confirmed_is_not_called_a_failure() -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan()
+        while orphan not in bench.kernel.deletions:
+            await bench.wait(0.0001)
+        bench.kernel.unavailable = True
+        await bench.wait(0.5)
+        (deed,) = bench.recorder.deeds
+        assert deed.outcome is Outcome.DELETED_STILL_HELD
+        assert "nobody could tell" in deed.detail
+
+    on_the_bench(test)

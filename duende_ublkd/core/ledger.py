@@ -49,6 +49,7 @@ class History:
     server: Server | None = None  # the last one known alive
     disk_rdevs: frozenset[tuple[int, int]] = frozenset()
     death_seen: float | None = None
+    server_died: bool = False  # its process ended; otherwise it may have let go of the device and live on
     overdue: Overdue | None = None
     failures: int = 0
     times_busy: int = 0  # claims refused since it was last seen in use: somebody unseen has it
@@ -115,8 +116,15 @@ class Ledger:
     def note_death(self, dev_id: int, at: float) -> None:
         """Something told that the server died; only the first word counts."""
         past = self._histories.get(dev_id)
-        if past and past.death_seen is None:
-            self._histories[dev_id] = replace(past, death_seen=at)
+        if past:
+            seen = at if past.death_seen is None else past.death_seen
+            self._histories[dev_id] = replace(past, death_seen=seen, server_died=True)
+
+    def note_opened(self, dev_id: int, at: float) -> None:
+        """An event told that somebody opened the char device; its time of not being open starts anew."""
+        past = self._histories.get(dev_id)
+        if past and past.seen_idle_since is not None:
+            self._histories[dev_id] = replace(past, seen_idle_since=at, idle_since=at)
 
     def note_failure(self, dev_id: int, why: str, at: float) -> None:
         """A deletion failed: the next attempt waits, longer each time."""
@@ -178,13 +186,15 @@ def _phase(seen: Observation) -> tuple[object, ...]:
 
 
 def _rdevs(seen: Observation) -> frozenset[tuple[int, int]]:
-    return frozenset((seen.disk.rdev, *seen.disk.partitions)) if seen.disk else frozenset()
+    return frozenset((seen.disk.rdev, *seen.disk.partitions)) if seen.disk and any(seen.disk.rdev) else frozenset()
 
 
 def _known_server(seen: Observation) -> Server | None:
+    """Who serves it. Whoever has a DEAD device open may be its server, or anybody who looks into it: that is left open."""
     if seen.server and seen.server.alive:
         return seen.server
-    if seen.usage and seen.usage.char_openers:
+    dead = seen.info is None or seen.info.state == KernelState.DEAD
+    if not dead and seen.usage and seen.usage.char_openers:
         return seen.usage.char_openers[0]
     return None
 
@@ -210,8 +220,9 @@ def _continue(past: History, seen: Observation) -> History:
     idle, phase = _is_idle(seen), _phase(seen)
     served_now = _known_server(seen)
     death_seen = past.death_seen
+    server_died = past.server_died
     if _is_live(seen) and served_now:
-        death_seen = None
+        death_seen, server_died = None, False
     elif death_seen is None and past.seen_live and phase != past.phase:
         death_seen = seen.at
     return replace(
@@ -228,4 +239,5 @@ def _continue(past: History, seen: Observation) -> History:
         server=served_now or past.server,
         disk_rdevs=_rdevs(seen) or past.disk_rdevs,
         death_seen=death_seen,
+        server_died=server_died,
     )

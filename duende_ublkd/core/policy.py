@@ -135,7 +135,7 @@ def _dead(seen: Observation, info: DevInfo, past: History, policy: Policy, trait
     can_be_async = traits.async_delete and not info.unprivileged
     return (
         _in_transition(seen, past, now)
-        or _in_use(seen, past)
+        or _in_use(seen, past, now)
         or _grace(past, policy, now)
         or _paused(past, now)
         or _held(seen, past, policy, waits_for_ever=not (can_be_async or traits.delete_can_be_cancelled))
@@ -162,13 +162,14 @@ def _in_transition(seen: Observation, past: History, now: float) -> Verdict | No
     return Verdict(VerdictKind.UNKNOWN, f"DEAD with a disk for {_span(lasted)}", Action.ALERT, look_again_in=5.0)
 
 
-def _in_use(seen: Observation, past: History) -> Verdict | None:
+def _in_use(seen: Observation, past: History, now: float) -> Verdict | None:
     if seen.usage is None:
         return Verdict(VerdictKind.UNKNOWN, "DEAD; nobody looked who has it open", Action.ALERT, look_again_in=1.0)
     if seen.usage.char_openers:
         opener = seen.usage.char_openers[0]
         doing = "not yet closed by" if past.was_live else "being set up by"
-        return Verdict(_on_its_way(past), f"DEAD, {doing} {opener}, which has its char device open")
+        reason = f"DEAD, {doing} {opener}, which has its char device open"
+        return Verdict(_on_its_way(past), reason, look_again_in=_soon(now - past.phase_since, at_most=15.0))
     if seen.char_device is None:
         reason = f"DEAD, and its node is missing: mknod /dev/ublkc{seen.dev_id} c {_numbers(seen.identity.char_rdev)}"
         return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0)
@@ -183,12 +184,12 @@ def _grace(past: History, policy: Policy, now: float) -> Verdict | None:
         )
     settled_in = past.seen_idle_since + policy.orphan_grace - now
     set_up_in = 0.0 if past.was_live else past.idle_since + policy.setup_grace - now
-    idle = _span(now - past.idle_since)
     if set_up_in > 0:
-        reason = f"added, never seen LIVE, not open for {idle}; its server has {_span(policy.setup_grace)} to open it"
+        left = _span(set_up_in)
+        reason = f"added, never LIVE, open nowhere; its server has {left} of {_span(policy.setup_grace)} left to open it"
         return Verdict(_on_its_way(past), reason, look_again_in=max(set_up_in, settled_in))
     if settled_in > 0:
-        reason = f"{_corpse(past)}, not open for {idle}; watched for {_span(policy.orphan_grace)} before it is believed"
+        reason = f"{_corpse(past)}, open nowhere; watched for {_span(policy.orphan_grace)} before that is believed"
         return Verdict(_on_its_way(past), reason, look_again_in=settled_in)
     return None
 
@@ -233,13 +234,13 @@ def _alive(server: Server | None) -> bool:
 
 def _corpse(past: History) -> str:
     if past.server:
-        return f"server {past.server} died, device DEAD"
+        return f"server {past.server} {'died' if past.server_died else 'has let go'}, device DEAD"
     return "DEAD, its server gone" if past.was_live else "DEAD, never seen LIVE"
 
 
-def _soon(lasted: float) -> float:
-    """When to look again at what is changing: in proportion to how long it has lasted, 20 ms to 2 s."""
-    return min(max(lasted / 2, 0.02), 2.0)
+def _soon(lasted: float, *, at_most: float = 2.0) -> float:
+    """When to look again at what is changing: in proportion to how long it has lasted, from 20 ms on."""
+    return min(max(lasted / 2, 0.02), at_most)
 
 
 def _span(seconds: float) -> str:

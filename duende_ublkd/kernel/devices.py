@@ -50,6 +50,8 @@ SWEEP_AT_MOST = 1024  # an id beyond was given by somebody, and is known from sy
 SWEEP_MARGIN = 8
 USAGE_DEADLINE = 5.0
 SERVER_DEADLINE = 2.0
+BOOT_SLACK = 3.0  # seconds from the start of the clocks to devtmpfs's first nodes, generously
+_BOOT_NODES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/kmsg")
 _DELETED_SOON = 0.001  # first pause between two looks for the node's end; doubles
 _STABLE_READS = 4
 _CAP_HINT = "run it as the host's root, in a container with --cap-add SYS_ADMIN; see: capsh --print"
@@ -194,8 +196,8 @@ class UblkClaim:
         await deletion
 
     def _is_deleted(self) -> bool:
-        """The kernel has taken the node away (cdev_device_del)."""
-        return os.fstat(self._fd).st_nlink == 0
+        """The kernel has taken the device away (cdev_device_del); a node that somebody made with mknod would stay."""
+        return os.fstat(self._fd).st_nlink == 0 or read_identity(self._dev_id).sysfs_inode is None
 
 
 def _observation(
@@ -259,11 +261,7 @@ def read_disk(dev_id: int) -> Disk | None:
 
 
 def read_char_device(dev_id: int, identity: Identity) -> tuple[str | None, float | None]:
-    """The node's path, if it is this device's, and a lower bound of the seconds since ADD_DEV.
-
-    The age is the wall clock's: the time that devtmpfs gave the node. A clock that was set meanwhile shows itself as an
-    age that is negative or beyond the uptime, and then there is no age.
-    """
+    """The node's path, if it is this device's, and a lower bound of the seconds since ADD_DEV; None: no bound."""
     path = abi.CHAR_DEVICE.format(dev_id)
     try:
         node = os.lstat(path)
@@ -271,8 +269,33 @@ def read_char_device(dev_id: int, identity: Identity) -> tuple[str | None, float
         return None, None
     if not stat.S_ISCHR(node.st_mode) or (os.major(node.st_rdev), os.minor(node.st_rdev)) != identity.char_rdev:
         return None, None
-    age = time.time() - max(node.st_ctime, node.st_mtime)
-    return path, age if 0 <= age <= time.clock_gettime(time.CLOCK_BOOTTIME) else None
+    return path, _age_of(node)
+
+
+def _age_of(node: os.stat_result) -> float | None:
+    """How old a node of devtmpfs is at least.
+
+    The only time that the kernel keeps is the wall clock's, in the node, and that clock may have been set since. By how
+    much it has been set since boot shows in the oldest of the nodes that devtmpfs made at boot; that, the time that the
+    machine was suspended, and a slack for the time that booting took are taken off. Not seen: a clock that was set back
+    before ADD_DEV and forward after it.
+    """
+    boot = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    made_at_boot = [stamp for path in _BOOT_NODES if (stamp := _modified(path, node.st_dev)) is not None]
+    if not made_at_boot:
+        return None
+    set_forward = max(boot - min(made_at_boot) + BOOT_SLACK, 0.0)
+    suspended = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
+    age = time.time() - max(node.st_ctime, node.st_mtime) - set_forward - suspended
+    return age if age > 0 else None
+
+
+def _modified(path: str, st_dev: int) -> float | None:
+    try:
+        node = os.lstat(path)
+    except OSError:
+        return None
+    return node.st_mtime if node.st_dev == st_dev else None
 
 
 def _open_exclusively(seen: Observation) -> int:
@@ -285,11 +308,15 @@ def _open_exclusively(seen: Observation) -> int:
         if error.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
             raise NoSuchDeviceError("open", seen.dev_id, errno.ENODEV, "its char device is gone") from error
         raise CommandError("open", seen.dev_id, error.errno or 0, os.strerror(error.errno or 0)) from error
-    node = os.fstat(fd)
-    ours = stat.S_ISCHR(node.st_mode) and (os.major(node.st_rdev), os.minor(node.st_rdev)) == seen.identity.char_rdev
-    if not ours or node.st_nlink == 0 or read_identity(seen.dev_id) != seen.identity:
-        os.close(fd)
-        raise NoSuchDeviceError("open", seen.dev_id, errno.ENODEV, "its id belongs to another device now")
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, fd)
+        node = os.fstat(fd)
+        ours = (
+            stat.S_ISCHR(node.st_mode) and (os.major(node.st_rdev), os.minor(node.st_rdev)) == seen.identity.char_rdev
+        )
+        if not ours or node.st_nlink == 0 or read_identity(seen.dev_id) != seen.identity:
+            raise NoSuchDeviceError("open", seen.dev_id, errno.ENODEV, "its id belongs to another device now")
+        undo.pop_all()
     return fd
 
 

@@ -55,9 +55,9 @@ def tell_service_manager(message: str) -> None:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-        channel.setblocking(False)
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+            channel.setblocking(False)
             channel.sendto(message.encode(), address)
-        except OSError:
-            return  # it restarts, or is busy, or forbids it: a status line less, and no reason to end
+    except OSError:
+        return  # it restarts, is busy, or forbids it; or no descriptor is left: a status line less, no reason to end

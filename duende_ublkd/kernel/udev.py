@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import re
+import socket
 from typing import TYPE_CHECKING, Protocol
 
 import pyudev
@@ -43,14 +45,15 @@ class Listener(Protocol):
     def on_overflow(self) -> None:
         """Events were lost."""
 
-    def on_node(self, dev_id: int) -> None:
-        """A device's char node was opened, closed or removed."""
+    def on_node(self, dev_id: int, *, opened: bool) -> None:
+        """A device's char node was opened, or else closed or removed."""
 
 
 class Uevents:
     """Uevents of ublk's devices, from the kernel's netlink group, in the running event loop."""
 
-    def __init__(self, listener: Listener) -> None:
+    def __init__(self, listener: Listener, *, buffer: int = RECEIVE_BUFFER) -> None:
+        """`buffer`: bytes that events may wait in."""
         self._listener = listener
         self._loop = asyncio.get_running_loop()
         try:
@@ -60,13 +63,15 @@ class Uevents:
             self._monitor.start()
         except (ImportError, OSError) as error:
             raise DuendeError(f"no uevents: {error}", hint="apt-get install libudev1") from error
-        self.buffer_is_large = self._grow_buffer()
+        self.buffer_is_large = self._set_buffer(buffer)
+        self._socket = socket.socket(fileno=os.dup(self._monitor.fileno()))
         self._had_disk: set[int] = set()
         self._loop.add_reader(self._monitor.fileno(), self._on_readable)
 
     def close(self) -> None:
         """Stop listening."""
         self._loop.remove_reader(self._monitor.fileno())
+        self._socket.close()
 
     def saw_disk(self, dev_id: int) -> bool:
         """Whether the instance that has this id had a disk, and so was started. False: no, or nobody can tell.
@@ -76,20 +81,36 @@ class Uevents:
         self._on_readable()
         return dev_id in self._had_disk
 
-    def _grow_buffer(self) -> bool:
+    def _set_buffer(self, size: int) -> bool:
         try:
-            self._monitor.set_receive_buffer_size(RECEIVE_BUFFER)
+            self._monitor.set_receive_buffer_size(size)
         except PermissionError:
             return False
         return True
 
     def _on_readable(self) -> None:
-        try:
-            while (device := self._monitor.poll(timeout=0)) is not None:
-                self._tell(device)
-        except OSError:  # ENOBUFS; whatever else it may be, an event is lost
+        """Read all that has come. Netlink tells of a loss before the messages that are older than it, and goes on losing
+        until its queue is empty: so what these messages say is forgotten after the last of them, not before.
+        """
+        lost = self._take_error()
+        while True:
+            try:
+                device = self._monitor.poll(timeout=0)
+            except OSError:  # pyudev reads nothing while the socket has an error to tell, and tells no errno
+                lost = True
+                if not self._take_error():
+                    break
+                continue
+            if device is None:
+                break
+            self._tell(device)
+        if lost:
             self._had_disk.clear()
             self._listener.on_overflow()
+
+    def _take_error(self) -> bool:
+        """Whether the socket has an error to tell (ENOBUFS: events were lost); it is told once."""
+        return self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
 
     def _tell(self, device: pyudev.Device) -> None:
         subsystem, action, name = str(device.subsystem), str(device.action), str(device.sys_name)
@@ -155,13 +176,14 @@ class NodeWatch:
 
     def _on_readable(self) -> None:
         overflowed = False
-        touched: dict[int, None] = {}
+        touched: dict[int, bool] = {}
         for event in self._inotify.read(timeout=0):
             if event.mask & flags.Q_OVERFLOW:
                 overflowed = True
             elif event.wd in self._ids:
-                touched[self._ids[event.wd]] = None
+                dev_id = self._ids[event.wd]
+                touched[dev_id] = touched.get(dev_id, False) or bool(event.mask & flags.OPEN)
         if overflowed:
             self._listener.on_overflow()
-        for dev_id in touched:
-            self._listener.on_node(dev_id)
+        for dev_id, opened in touched.items():
+            self._listener.on_node(dev_id, opened=opened)

@@ -67,7 +67,7 @@ class Journal:
         if report.trouble != self._trouble and not report.is_deed:
             self._trouble = report.trouble
             if report.trouble:
-                log.error("%s", report.trouble)
+                log.error("%s%s", report.trouble, f"; try: {report.hint}" if report.hint else "")
             else:
                 log.info("the ublk driver answers again")
         for device in report.changed:

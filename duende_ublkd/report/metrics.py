@@ -39,6 +39,7 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._snapshot = _Snapshot()
+        self._counted: dict[int, int | None] = {}  # id -> the instance that was counted as an orphan
         self.registry.register(self._snapshot)
         self._orphans = Counter(
             "orphans_detected", "Devices found orphaned.", namespace=_PREFIX, registry=self.registry
@@ -103,12 +104,22 @@ class Metrics:
             self._snapshot.driver = report.driver or DriverFacts()
             self._passes.observe(report.took)
             self._resyncs.inc(report.full)
-        self._orphans.inc(sum(device.verdict.kind is VerdictKind.ORPHANED for device in report.changed))
+        for device in report.gone:
+            self._counted.pop(device.seen.dev_id, None)
+        for device in report.changed:
+            self._count_orphan(device)
         for deed in report.deeds:
             outcome = deed.outcome.value if deed.outcome else "failed"
             self._actions.labels(deed.action.value, outcome).inc()
             if deed.outcome is Outcome.DELETED and deed.reaction is not None:
                 self._reaction.observe(deed.reaction)
+
+    def _count_orphan(self, device: Judged) -> None:
+        """Each instance once, however often it is spared and found again."""
+        dev_id, instance = device.seen.dev_id, device.seen.identity.sysfs_inode
+        if device.verdict.kind is VerdictKind.ORPHANED and self._counted.get(dev_id) != instance:
+            self._counted[dev_id] = instance
+            self._orphans.inc()
 
     def command(self, name: str, result: str, seconds: float) -> None:
         """One control command answered."""

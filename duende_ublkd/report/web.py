@@ -6,6 +6,8 @@ alone.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from duende_ublkd.core.model import Judged
 
 _BODY_LIMIT = 4096  # bytes; nothing here takes a body
+_MOST_CLIENTS = 64  # connections at once; a further one is closed, so that no client can use up the descriptors
+_GOODBYE = 1.0  # seconds for requests under way at the end
 
 
 class Source(Protocol):
@@ -42,6 +46,7 @@ class WebServer:
         self._source = source
         self._metrics = metrics
         self._runner: web.AppRunner | None = None
+        self._server: asyncio.Server | None = None
 
     async def listen(self, host: str, port: int) -> None:
         """Raises UsageError when the address cannot be had."""
@@ -50,10 +55,10 @@ class WebServer:
         app.router.add_get("/-/healthy", self._get_healthy)
         app.router.add_get("/-/ready", self._get_ready)
         app.router.add_get("/api/v1/devices", self._get_devices)
-        runner = web.AppRunner(app, access_log=None, handle_signals=False)
+        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_GOODBYE)
         await runner.setup()
         try:
-            await web.TCPSite(runner, host, port).start()
+            self._server = await asyncio.get_running_loop().create_server(lambda: _admit(runner), host, port)
         except OSError as error:
             await runner.cleanup()
             raise UsageError(
@@ -63,9 +68,13 @@ class WebServer:
         self._runner = runner
 
     async def close(self) -> None:
-        """Stop listening; requests under way get a moment."""
+        """Stop listening; requests under way get a moment, and a client that does not read gets no more than that."""
+        if self._server:
+            self._server.close()
         if self._runner:
-            await self._runner.cleanup()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(2 * _GOODBYE):
+                    await self._runner.cleanup()
             self._runner = None
 
     async def _get_metrics(self, _: web.Request) -> web.Response:
@@ -81,3 +90,16 @@ class WebServer:
     async def _get_devices(self, _: web.Request) -> web.Response:
         objects = [present.as_object(device) for device in self._source.devices.values()]
         return web.json_response(objects, dumps=lambda value: json.dumps(value, ensure_ascii=False))
+
+
+class _Refusal(asyncio.Protocol):
+    """Closes the connection at once."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
+def _admit(runner: web.AppRunner) -> asyncio.Protocol:
+    if runner.server is None or len(runner.server.connections) >= _MOST_CLIENTS:
+        return _Refusal()
+    return runner.server()

@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from duende_ublkd.kernel.devices import read_identity
 from duende_ublkd.kernel.udev import NodeWatch, Uevents
@@ -29,7 +30,8 @@ class Listener:
     def on_overflow(self) -> None:
         self.overflows += 1
 
-    def on_node(self, dev_id: int) -> None:
+    def on_node(self, dev_id: int, *, opened: bool) -> None:
+        assert opened in (False, True)
         self.nodes[dev_id] += 1
 
 
@@ -72,6 +74,32 @@ def test_inotify_tells_of_the_death_of_a_recoverable_devices_server() -> None:
         nodes.close()
         wait_until(lambda: (info := device_info(DEV_ID)) is not None and info.state != 1)
         drop_device(DEV_ID)
+
+    asyncio.run(listen())
+
+
+def test_lost_events_are_told_once_and_leave_no_disk_of_an_earlier_instance() -> None:
+    """The loss comes in the middle of an id's lives: what is lost are the end of one and the beginning of the next."""
+
+    async def listen() -> None:
+        listener = Listener()
+        uevents = Uevents(listener, buffer=4096)
+        with NativeServer("--id", str(DEV_ID)) as server:
+            server.wait_for("LIVE")
+            for _ in range(500):
+                Path("/sys/class/mem/null/uevent").write_text("change")
+            server.kill()
+            wait_until(lambda: (info := device_info(DEV_ID)) is not None and info.state == 0)
+        drop_device(DEV_ID)
+        with NativeServer("--id", str(DEV_ID), "--stop-after", "add") as starting:
+            starting.wait_for("ADD")
+            assert not uevents.saw_disk(DEV_ID)
+            assert listener.overflows == 1
+            starting.kill()
+        drop_device(DEV_ID)
+        await until(lambda: listener.uevents["ublk-char", "remove"] == 1)
+        assert listener.overflows == 1
+        uevents.close()
 
     asyncio.run(listen())
 

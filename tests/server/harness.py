@@ -281,8 +281,14 @@ def _play_udev(dev_ids: tuple[int, ...]) -> None:
 
 def some_thread_hangs_in_the_kernel() -> bool:
     """Whether a thread of this process, such as one of `in_background`, is in an uninterruptible sleep."""
-    stats = (task.joinpath("stat").read_text() for task in Path("/proc/self/task").iterdir())
-    return any(stat.rpartition(")")[2].split()[0] == "D" for stat in stats)
+    return any(_state_of(task) == "D" for task in Path("/proc/self/task").iterdir())
+
+
+def _state_of(task: Path) -> str:
+    try:
+        return task.joinpath("stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):  # it ended since it was listed
+        return ""
 
 
 def _signal(pid: int, number: int) -> None:
