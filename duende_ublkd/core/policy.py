@@ -185,8 +185,8 @@ def _grace(past: History, policy: Policy, now: float) -> Verdict | None:
     settled_in = past.seen_idle_since + policy.orphan_grace - now
     set_up_in = 0.0 if past.was_live else past.idle_since + policy.setup_grace - now
     if set_up_in > 0:
-        left = _span(set_up_in)
-        reason = f"added, never LIVE, open nowhere; its server has {left} of {_span(policy.setup_grace)} left to open it"
+        left = f"{_span(set_up_in)} of {_span(policy.setup_grace)} left"
+        reason = f"added, never seen LIVE, open nowhere; its server has {left} to open it"
         return Verdict(_on_its_way(past), reason, look_again_in=max(set_up_in, settled_in))
     if settled_in > 0:
         reason = f"{_corpse(past)}, open nowhere; watched for {_span(policy.orphan_grace)} before that is believed"

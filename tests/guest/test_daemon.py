@@ -59,9 +59,8 @@ def test_a_killed_servers_id_is_free_again_and_can_be_added_at_once(daemon: Daem
         daemon.wait_verdict(5, "live")
         again.kill()
         wait_until(lambda: is_free(5), 20, "id 5 is free again")
-    daemon.wait_log(
-        r"ublk5 deleted: server \d+ \(python3?\) (?:died|has let go), device DEAD, nobody has it open, nothing holds it; id free"
-    )
+    whose = r"server \d+ \(python3?\) (?:died|has let go)"
+    daemon.wait_log(rf"ublk5 deleted: {whose}, device DEAD, nobody has it open, nothing holds it; id free")
     assert (daemon.metric("duende_ublkd_reaction_seconds_count") or 0) >= before + 1
 
 
