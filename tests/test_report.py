@@ -247,6 +247,43 @@ def test_the_pages_answer() -> None:
     assert ask(source, "/nowhere")[0] == 404
 
 
+def test_clients_beyond_the_limit_are_turned_away_and_the_rest_is_served() -> None:
+    async def crowd() -> None:
+        server = WebServer(ASource(), Metrics())
+        await server.listen("127.0.0.1", PORT)
+        try:
+            idle = [await asyncio.open_connection("127.0.0.1", PORT) for _ in range(70)]
+            async with asyncio.timeout(10):
+                refused = await asyncio.gather(*(reader.read(1) for reader, _ in idle[64:]))
+            assert refused == [b""] * 6
+            for _, writer in idle:
+                writer.close()
+                await writer.wait_closed()
+            assert (await asyncio.to_thread(fetch, "/-/healthy"))[0] == 200
+        finally:
+            await server.close()
+
+    asyncio.run(crowd())
+
+
+def test_a_client_that_does_not_read_does_not_hold_up_the_end() -> None:
+    async def hold() -> float:
+        source = ASource({dev_id: a_device(dev_id) for dev_id in range(200)})
+        server = WebServer(source, Metrics())
+        await server.listen("127.0.0.1", PORT)
+        _, writer = await asyncio.open_connection("127.0.0.1", PORT, limit=1)
+        writer.write(b"GET /api/v1/devices HTTP/1.1\r\nHost: here\r\n\r\n" * 300)
+        await asyncio.sleep(0.5)  # until its answers have filled every buffer between here and there
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        await server.close()
+        took = loop.time() - began
+        writer.transport.abort()
+        return took
+
+    assert asyncio.run(hold()) < 4
+
+
 def test_a_port_in_use_is_an_error_with_a_hint() -> None:
     async def twice() -> None:
         first, second = WebServer(ASource(), Metrics()), WebServer(ASource(), Metrics())

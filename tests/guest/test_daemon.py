@@ -1,6 +1,7 @@
 """The promises, kept by a running daemon on a real kernel."""
 
 import concurrent.futures
+import os
 import signal
 import subprocess
 import time
@@ -193,6 +194,23 @@ def test_an_unprivileged_device_is_reaped_too(daemon: DaemonProcess) -> None:
         daemon.wait_verdict(17, "live")
         server.kill()
         wait_until(lambda: is_free(17), 30, "id 17 is free")
+
+
+def test_a_node_that_somebody_made_anew_does_not_hold_up_its_own_deletion(daemon: DaemonProcess) -> None:
+    """devtmpfs takes away only nodes that it made; DEL_DEV of an unprivileged device waits for whoever has it open."""
+    with ServerProcess.start(id=18, target="null", unprivileged=True) as server:
+        server.wait_for("after-start")
+        node = Path("/dev/ublkc18")
+        made = node.stat()
+        node.unlink()
+        os.mknod(node, made.st_mode, made.st_rdev)
+        try:
+            daemon.wait_verdict(18, "live")
+            server.kill()
+            daemon.wait_log("ublk18 deleted: ", 8)
+            assert is_free(18)
+        finally:
+            node.unlink()
 
 
 def test_its_memory_is_locked(daemon: DaemonProcess) -> None:

@@ -4,6 +4,7 @@ import ctypes
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -94,6 +95,23 @@ def test_the_module_may_go_and_come_under_the_running_daemon() -> None:
         assert daemon.stop() == 0
         assert daemon.log.count("is missing") == 1, daemon.log
         assert "Traceback" not in daemon.log, daemon.log
+
+
+def test_a_clock_that_is_set_forward_ages_no_device(tmp_path: Path) -> None:
+    """Between ADD and open nothing but its age speaks for a device, and its node has that from the wall clock."""
+    config = tmp_path / "config.toml"
+    config.write_text('[policy]\nsetup_grace = "30s"\n')
+    with NativeServer("--id", "43", "--stop-after", "add") as server:
+        server.wait_for("ADD")
+        time.clock_settime(time.CLOCK_REALTIME, time.time() + 40)
+        try:
+            done = command("clean", "--config", str(config))
+            assert "Cleaned 0 orphaned devices" in done.stdout, done.stdout
+            assert device_info(43) is not None
+        finally:
+            time.clock_settime(time.CLOCK_REALTIME, time.time() - 40)
+        server.kill()
+    assert command("clean", "--now", "43").returncode == 0
 
 
 def test_a_stopped_daemon_ends_within_five_seconds_and_leaves_its_log_in_order() -> None:
