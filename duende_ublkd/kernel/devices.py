@@ -287,7 +287,7 @@ def _age_of(node: os.stat_result) -> float | None:
     set_forward = max(boot - min(made_at_boot) + BOOT_SLACK, 0.0)
     suspended = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
     age = time.time() - max(node.st_ctime, node.st_mtime) - set_forward - suspended
-    return age if age > 0 else None
+    return max(age, 0.0)
 
 
 def _modified(path: str, st_dev: int) -> float | None:
