@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn, Protocol
@@ -20,7 +21,7 @@ from duende_ublkd import __version__
 from duende_ublkd.core.errors import ExitCode, KernelUnavailableError, UsageError
 from duende_ublkd.core.model import Action, Outcome, VerdictKind
 from duende_ublkd.kernel.control import open_control_device
-from duende_ublkd.parts import DEFAULT_PATH, Parts, read_config
+from duende_ublkd.parts import DEFAULT_PATH, THREAD_STACK, Parts, read_config
 from duende_ublkd.reconcile import facts_of
 from duende_ublkd.report import present
 from duende_ublkd.report.journal import set_up_logging
@@ -36,6 +37,7 @@ MAX_DEV_ID = (1 << 20) - 1
 SETTLE_FOR = 5.0
 """Seconds that a one-shot command gives a device to make up its mind; a server's last I/O may take longer, and then the
 command says what it left."""
+LAST_LINES = 1.0  # seconds that the log's last lines may take
 SHORT_WAIT = 2.0
 """Seconds of grace that a one-shot command sits out; a longer one is a device's own business, and is reported."""
 
@@ -68,10 +70,14 @@ def run(arguments: Sequence[str]) -> ExitCode:
     if getattr(options, "dry_run", False):
         config = replace(config, daemon=replace(config.daemon, dry_run=True))
     if command == "run":
-        set_up_logging()
+        threading.stack_size(THREAD_STACK)
+        outlet = set_up_logging()
         from duende_ublkd import daemon  # noqa: PLC0415 - its imports (HTTP, metrics, udev) are heavy, and no other's
 
-        asyncio.run(daemon.run(config, options.config))
+        try:
+            asyncio.run(daemon.run(config, options.config))
+        finally:
+            outlet.drain(LAST_LINES)
         return ExitCode.DONE
     os.close(open_control_device())
     if command == "clean":

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -30,7 +31,7 @@ from duende_ublkd.core.model import (
 )
 from duende_ublkd.core.text import printable
 from duende_ublkd.report import present
-from duende_ublkd.report.journal import Journal
+from duende_ublkd.report.journal import Journal, Outlet
 from duende_ublkd.report.metrics import Metrics
 from duende_ublkd.report.web import WebServer
 
@@ -120,6 +121,35 @@ def test_a_missing_driver_is_told_once_and_its_return_too(lines: list[tuple[str,
     for trouble in ("it is missing", "it is missing", "", ""):
         journal.passed(a_report(trouble=trouble))
     assert [text for _, text in lines] == ["it is missing", "the ublk driver answers again"]
+
+
+def test_a_reader_of_the_log_that_hangs_holds_up_nobody_and_hears_what_it_missed() -> None:
+    go_on = threading.Event()
+    written: list[str] = []
+
+    class Stalled(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            go_on.wait(30)
+            written.append(record.getMessage())
+
+    outlet = Outlet(Stalled())
+    log = logging.getLogger("duende_ublkd")
+    log.addHandler(outlet)
+    try:
+        log.setLevel(logging.INFO)
+        began = time.monotonic()
+        for number in range(5000):
+            log.info("line %d", number)
+        outlet.drain(0.1)
+        assert time.monotonic() - began < 10
+        assert outlet.dropped > 2000
+        go_on.set()
+        outlet.drain(20)
+    finally:
+        log.removeHandler(outlet)
+        log.setLevel(logging.NOTSET)
+    assert written[0] == "line 0"
+    assert "log lines were dropped" in written[-1]
 
 
 def test_metrics_show_devices_of_the_last_pass_and_none_that_are_gone() -> None:

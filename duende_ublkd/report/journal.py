@@ -2,13 +2,20 @@
 
 WARNING: we changed the machine, or something needs a human. ERROR: we could not. INFO: we held back. On a service
 manager's stream each line starts with its priority (sd-daemon(3)); on a terminal with the time.
+
+Whoever reads the lines may hang, and be on the very disk that the daemon has to look after. So a thread of its own writes
+them; what it cannot keep up with is dropped and counted.
 """
 
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import os
+import queue
 import sys
+import threading
+import time
 from typing import TYPE_CHECKING
 
 from duende_ublkd.core.model import Action, Outcome, VerdictKind
@@ -21,6 +28,7 @@ log = logging.getLogger("duende_ublkd")
 
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
 _LINE_LIMIT = 2000
+_BACKLOG = 2000  # lines
 _DONE = {
     Outcome.ALREADY_GONE: "was already gone",
     Outcome.SPARED: "spared",
@@ -39,16 +47,51 @@ class _ForTerminal(logging.Formatter):
         return printable(super().format(record), _LINE_LIMIT)
 
 
-def set_up_logging() -> None:
+class Outlet(logging.handlers.QueueHandler):
+    """Hands lines to a thread that may take its time, and never waits for it."""
+
+    def __init__(self, handler: logging.Handler) -> None:
+        self._lines: queue.Queue[logging.LogRecord] = queue.Queue(_BACKLOG)
+        super().__init__(self._lines)
+        self._handler = handler
+        self.dropped = 0
+        threading.Thread(target=self._write, name="log", daemon=True).start()
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        """Called by logging for each line."""
+        try:
+            self._lines.put_nowait(record)
+        except queue.Full:
+            self.dropped += 1
+
+    def drain(self, deadline: float) -> None:
+        """Wait until everything is written, for so many seconds at most."""
+        until = time.monotonic() + deadline
+        with self._lines.all_tasks_done:
+            while self._lines.unfinished_tasks and (left := until - time.monotonic()) > 0:
+                self._lines.all_tasks_done.wait(left)
+
+    def _write(self) -> None:
+        while True:
+            self._handler.handle(self._lines.get())
+            if self.dropped and self._lines.empty():
+                lost, self.dropped = self.dropped, 0
+                log.warning("%d log lines were dropped: nobody took them in time", lost)
+            self._lines.task_done()
+
+
+def set_up_logging() -> Outlet:
     """Log to stderr, in the manner of whoever reads it."""
     handler = logging.StreamHandler(sys.stderr)
     if os.environ.get("JOURNAL_STREAM"):
         handler.setFormatter(_ForServiceManager("%(message)s"))
     else:
         handler.setFormatter(_ForTerminal("%(asctime)s %(levelname)-7s %(message)s"))
-    log.addHandler(handler)
+    outlet = Outlet(handler)
+    log.addHandler(outlet)
     log.setLevel(logging.INFO)
     log.propagate = False
+    return outlet
 
 
 class Journal:
