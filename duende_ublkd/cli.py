@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import threading
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn, Protocol
@@ -21,7 +20,8 @@ from duende_ublkd import __version__
 from duende_ublkd.core.errors import ExitCode, KernelUnavailableError, UsageError
 from duende_ublkd.core.model import Action, Outcome, VerdictKind
 from duende_ublkd.kernel.control import open_control_device
-from duende_ublkd.parts import DEFAULT_PATH, THREAD_STACK, Parts, read_config
+from duende_ublkd.kernel.memory import keep_threads_small
+from duende_ublkd.parts import DEFAULT_PATH, Parts, read_config
 from duende_ublkd.reconcile import facts_of
 from duende_ublkd.report import present
 from duende_ublkd.report.journal import set_up_logging
@@ -70,7 +70,7 @@ def run(arguments: Sequence[str]) -> ExitCode:
     if getattr(options, "dry_run", False):
         config = replace(config, daemon=replace(config.daemon, dry_run=True))
     if command == "run":
-        threading.stack_size(THREAD_STACK)
+        keep_threads_small()
         outlet = set_up_logging()
         from duende_ublkd import daemon  # noqa: PLC0415 - its imports (HTTP, metrics, udev) are heavy, and no other's
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from typing import TYPE_CHECKING
 
 from duende_ublkd.core import config as configuration
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 DEFAULT_PATH = "/etc/duende-ublkd/config.toml"
 FINISH_FOR = 3.0  # seconds for deeds under way when told to stop; what is left is the kernel's to finish
-THREAD_STACK = 256 << 10  # bytes; the sweeper recurses nowhere
 
 
 def read_config(path: str | None) -> Config:
@@ -54,7 +52,6 @@ class Parts:
         on_command: Callable[[str, str, float], None] | None = None,
         without_grace: tuple[int, ...] = (),
     ) -> None:
-        threading.stack_size(THREAD_STACK)
         self.ring = Ring(on_late=self._on_late)
         self.control = Control(self.ring, deadline=config.daemon.command_deadline, on_command=on_command)
         self.sweeper = Sweeper()

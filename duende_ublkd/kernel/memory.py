@@ -1,7 +1,8 @@
 """Memory that cannot be swapped out: the swap may be on a device that the daemon has to look after.
 
-mlockall(MCL_CURRENT | MCL_FUTURE) makes every page resident at once, untouched ones too, so that thread stacks are kept
-small before threads are made. A lock is not inherited by children (mlock(2)).
+mlockall(MCL_CURRENT | MCL_FUTURE) makes every page resident at once, untouched ones too, so that threads are kept small
+before any is made: their stacks, and glibc's habit of reserving 64 MiB for each thread's allocations. A lock is not
+inherited by children (mlock(2)).
 """
 
 from __future__ import annotations
@@ -10,12 +11,23 @@ import ctypes
 import errno
 import os
 import re
+import threading
 
 from duende_ublkd.core.errors import DuendeError
 
 _MCL_CURRENT = 1
 _MCL_FUTURE = 2
+_M_ARENA_MAX = -8  # <malloc.h>
+_STACK = 256 << 10  # bytes; no thread here recurses
 _LOCKED = re.compile(rb"^VmLck:\s*(\d+) kB$", re.MULTILINE)
+
+
+def keep_threads_small() -> None:
+    """To be called before the first thread is made."""
+    threading.stack_size(_STACK)
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has none, and no arenas
+        libc.mallopt(_M_ARENA_MAX, 1)
 
 
 def lock_memory() -> None:

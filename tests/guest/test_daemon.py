@@ -224,7 +224,10 @@ def test_its_memory_is_locked(daemon: DaemonProcess) -> None:
     locked = daemon.metric("duende_ublkd_memory_locked_bytes")
     assert locked is not None
     assert locked > 10 << 20
-    print(f"\nlocked: {locked / (1 << 20):.0f} MiB")
+    assert locked < 100 << 20, "threads take more than they need"
+    status = Path(f"/proc/{daemon.process.pid}/status").read_text()
+    resident = int(status.split("VmRSS:")[1].split()[0]) << 10
+    print(f"\nlocked {locked / (1 << 20):.0f} MiB, resident {resident / (1 << 20):.0f} MiB")
 
 
 def test_signals_make_it_look_and_reload(daemon: DaemonProcess) -> None:
