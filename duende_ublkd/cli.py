@@ -17,6 +17,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
 from duende_ublkd import __version__
+from duende_ublkd.core.config import MAX_DEV_ID
 from duende_ublkd.core.errors import ExitCode, KernelUnavailableError, UsageError
 from duende_ublkd.core.model import Action, Outcome, VerdictKind
 from duende_ublkd.kernel.control import open_control_device
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from duende_ublkd.core.model import Deed, Judged, PassReport
     from duende_ublkd.reconcile import Agenda, Reconciler
 
-MAX_DEV_ID = (1 << 20) - 1
 SETTLE_FOR = 5.0
 """Seconds that a one-shot command gives a device to make up its mind; a server's last I/O may take longer, and then the
 command says what it left."""

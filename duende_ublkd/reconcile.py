@@ -336,10 +336,10 @@ class Reconciler:
                 again = await claim.look_again()
                 if again is None:
                     return Outcome.ALREADY_GONE, "somebody else deleted it"
-                if reason := self._why_not(device, again):
+                reason = self._why_not(device, again)
+                if reason or again.info is None:
                     self.ledger.note_pause(device.seen.dev_id, reason, again.at + _SPARED_PAUSE)
                     return Outcome.SPARED, reason
-                assert again.info is not None  # noqa: S101 - decide() never deletes what gave no answer
                 await claim.delete(again.info)
         except BusyError:
             self.ledger.note_open(device.seen.dev_id, self._clock())

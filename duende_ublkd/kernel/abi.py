@@ -26,7 +26,6 @@ from duende_ublkd.core.model import DevInfo
 CONTROL_DEVICE = "/dev/ublk-control"
 CHAR_DEVICE = "/dev/ublkc{}"
 BLOCK_DEVICE = "/dev/ublkb{}"
-MAX_DEV_ID = (1 << 20) - 1  # UBLK_MINORS - 1
 ANY_DEV_ID = 0xFFFF_FFFF  # ADD_DEV picks the lowest free id
 NO_QUEUE = 0xFFFF  # queue_id of every command that is not about a queue; ADD_DEV insists on it
 

@@ -14,6 +14,7 @@ A hint says "look now, at this id, or at all", and nothing else. Facts:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import re
@@ -63,7 +64,8 @@ class Uevents:
             self._monitor.start()
         except (ImportError, OSError) as error:
             raise DuendeError(f"no uevents: {error}", hint="apt-get install libudev1") from error
-        self.buffer_is_large = self._set_buffer(buffer)
+        with contextlib.suppress(PermissionError):  # without CAP_NET_ADMIN it stays as it is, and overflows earlier
+            self._monitor.set_receive_buffer_size(buffer)
         self._socket = socket.socket(fileno=os.dup(self._monitor.fileno()))
         self._had_disk: set[int] = set()
         self._loop.add_reader(self._monitor.fileno(), self._on_readable)
@@ -80,13 +82,6 @@ class Uevents:
         """
         self._on_readable()
         return dev_id in self._had_disk
-
-    def _set_buffer(self, size: int) -> bool:
-        try:
-            self._monitor.set_receive_buffer_size(size)
-        except PermissionError:
-            return False
-        return True
 
     def _on_readable(self) -> None:
         """Read all that has come. Netlink tells of a loss before the messages that are older than it, and goes on losing
