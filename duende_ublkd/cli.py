@@ -252,7 +252,7 @@ def _deed_line(deed: Deed, reason: str) -> str:
             return f"ublk{deed.dev_id} was deleted by somebody else"
         case Outcome.SPARED:
             return f"ublk{deed.dev_id} spared: {deed.detail}"
-        case None:
+        case _:
             return f"ublk{deed.dev_id} could not be deleted: {deed.detail}"
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, IntFlag
+from typing import Any
 
 
 class KernelState:
@@ -183,7 +184,8 @@ class Action(Enum):
     """What is to be done about a verdict."""
 
     NONE = "none"
-    DELETE = "delete"
+    DELETE = "delete"  # of a device that is not DEAD: stop it, and then delete it
+    RECOVER = "recover"  # run the recovery command
     ALERT = "alert"
 
 
@@ -198,13 +200,16 @@ class Verdict:
 
 
 class Outcome(Enum):
-    """What a destructive action changed. Every member is a success; failure is an exception."""
+    """What an action changed. Every member is a success; failure is an exception, or a Deed without an outcome."""
 
     DELETED = "deleted"
     DELETED_STILL_HELD = "deleted_still_held"  # the id frees itself when the holder lets go
     ALREADY_GONE = "already_gone"  # two cleaners stay friends: the goal was a missing device
     SPARED = "spared"  # looked again just before acting, and it was not to be touched
     WOULD_DELETE = "would_delete"  # dry run
+    RECOVERED = "recovered"  # LIVE again, by the recovery command
+    RECOVERED_BY_ANOTHER = "recovered_by_another"  # LIVE again, and the server is not of our command
+    WOULD_RECOVER = "would_recover"  # dry run
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,3 +260,34 @@ class PassReport:
     def is_deed(self) -> bool:
         """It tells of a deed that ended after its pass, and of nothing else."""
         return bool(self.deeds) and not self.changed
+
+
+class EventKind(Enum):
+    """What the journal records."""
+
+    VERDICT = "verdict"  # a device is judged otherwise than before, or is gone
+    ACTION = "action"  # before and after something is done to a device
+    RECOVERY = "recovery"  # before and after a recovery command
+    HOLD = "hold"  # set, released, expired
+    ALERT = "alert"  # a person is needed
+    DAEMON = "daemon"  # start, end, configuration, trouble of the daemon itself
+
+
+class Level(Enum):
+    """How much it matters. WARNING: the machine was changed, or a person is needed. ERROR: we could not."""
+
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of the journal. `at`: seconds since the epoch. `facts`: JSON values, for programs; may be cut to fit."""
+
+    at: float
+    kind: EventKind
+    level: Level
+    text: str  # one printable line
+    dev_id: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
