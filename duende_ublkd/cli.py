@@ -1,7 +1,8 @@
 """The commands: what they take, what they print, and their exit codes.
 
-Readers look at the kernel themselves, so that they work with and without a running daemon. What a single look cannot tell,
-because it takes an unbroken time, is looked at again for a moment.
+Readers look at the kernel themselves, so that they work with and without a running daemon; a running one tells what it
+remembers of earlier looks. What a single look cannot tell, because it takes an unbroken time, is looked at again for a
+moment. What is on hold is known without a daemon too, and no command that acts goes on where that cannot be told.
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ import json
 import os
 import re
 import shutil
+import sys
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn, Protocol
 
-from duende_ublkd import __version__
-from duende_ublkd.core.config import MAX_DEV_ID
-from duende_ublkd.core.errors import ExitCode, KernelUnavailableError, UsageError
+from duende_ublkd import __version__, check_config, planned
+from duende_ublkd.client import DaemonClient, run_directory, socket_path
+from duende_ublkd.core.config import MAX_DEV_ID, Config
+from duende_ublkd.core.errors import DuendeError, ExitCode, KernelUnavailableError, UsageError
 from duende_ublkd.core.model import Action, Outcome, VerdictKind
+from duende_ublkd.kernel import holdfile
 from duende_ublkd.kernel.control import open_control_device
 from duende_ublkd.kernel.memory import keep_threads_small
 from duende_ublkd.parts import DEFAULT_PATH, Parts, read_config
@@ -30,7 +34,6 @@ from duende_ublkd.report.journal import set_up_logging
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from duende_ublkd.core.config import Config
     from duende_ublkd.core.model import Deed, Judged, PassReport
     from duende_ublkd.reconcile import Agenda, Reconciler
 
@@ -64,6 +67,8 @@ def run(arguments: Sequence[str]) -> ExitCode:
     command = options.command
     if command == "check-config":
         return _check_config(options)
+    if command in planned.COMMANDS:
+        return planned.run(options)
     if command == "clean" and options.now and not options.ids:
         raise UsageError("--now takes the ids that are your own", hint="duende-ublkd clean --now 3")
     config = read_config(options.config)
@@ -82,11 +87,11 @@ def run(arguments: Sequence[str]) -> ExitCode:
     os.close(open_control_device())
     if command == "clean":
         return asyncio.run(_clean(config, options))
-    devices, sources = asyncio.run(_look(config, None if command == "list" else options.id))
+    explanations = asyncio.run(_look(config, None if command == "list" else options.id))
     if command == "list":
-        _print_list(devices, as_json=options.json)
+        _print_list([each.device for each in explanations], as_json=options.json)
     else:
-        _print_explanation(devices, sources, options)
+        _print_explanation(explanations, options)
     return ExitCode.DONE
 
 
@@ -117,8 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     clean.add_argument(
         "--now", action="store_true", help="the IDs are my own: skip their grace, but no other check", dest="now"
     )
-    check = commands.add_parser("check-config", parents=[common, reader], help="is this configuration right?")
-    check.add_argument("file", nargs="?", metavar="FILE")
+    planned.add_commands(commands, common, reader, changer, _device)
+    check = commands.add_parser(
+        "check-config", parents=[common, reader], help="is this configuration right, and which table does a device get?"
+    )
+    check_config.add_arguments(check)
     return parser
 
 
@@ -133,32 +141,53 @@ def _device(text: str) -> int:
 
 
 def _check_config(options: argparse.Namespace) -> ExitCode:
-    path = options.file or options.config or DEFAULT_PATH
-    config = read_config(path)
-    if options.json:
-        print(json.dumps({"file": path, "ok": True, "device_tables": len(config.devices)}))
-    else:
-        tables = len(config.devices)
-        print(f"{path}: right" + (f", {tables} [[device]] table{'s' if tables > 1 else ''}" if tables else ""))
-    return ExitCode.DONE
+    if check_config.is_question(options):
+        return check_config.run(options, DEFAULT_PATH, ())
+    try:
+        os.close(open_control_device())
+        explanations = asyncio.run(_look(Config(), None))
+    except DuendeError as error:
+        return check_config.run(options, DEFAULT_PATH, f"{error}; {error.hint}")
+    present = [(f"ublk{each.device.seen.dev_id}", facts_of(each.device.seen, each.history)) for each in explanations]
+    return check_config.run(options, DEFAULT_PATH, present)
 
 
-async def _look(config: Config, dev_id: int | None) -> tuple[list[Judged], dict[int, tuple[str, str]]]:
-    """Judge all devices, or one, without touching any; with each one's policy source and the reason for that."""
-    parts = Parts(config, ())
+async def _look(config: Config, dev_id: int | None) -> list[present.Explanation]:
+    """Judge all devices, or one, without touching any."""
+    parts = Parts(config, (), one_shot=True)
+    remembered = _ask_daemon(parts.reconciler)
+    try:
+        parts.reconciler.holds = holdfile.load(run_directory(), time.monotonic())
+    except DuendeError as error:
+        print(f"duende-ublkd: it cannot be told what is on hold: {error}", file=sys.stderr)
     try:
         await _settle(parts, None if dev_id is None else {dev_id}, act=False)
         reconciler = parts.reconciler
-        devices = list(reconciler.devices.values())
-        sources = {}
-        for device in devices:
-            history = reconciler.ledger.get(device.seen.dev_id)
-            if history:
+        explanations = []
+        for device in reconciler.devices.values():
+            if history := reconciler.ledger.get(device.seen.dev_id):
                 chosen = config.policy_for(facts_of(device.seen, history))
-                sources[device.seen.dev_id] = (chosen.source, chosen.reason)
-        return devices, sources
+                known = device.seen.dev_id in remembered
+                explanations.append(present.Explanation(device, history, chosen, known))
+        return explanations
     finally:
         await parts.close()
+
+
+def _ask_daemon(reconciler: Reconciler) -> set[int]:
+    """Go on from what a running daemon remembers, if root's; the ids that it knows."""
+    try:
+        records = DaemonClient(socket_path()).get("/api/v1/records", trusted=True)
+    except DuendeError:
+        return set()  # none runs, or none that answers: this look stands alone, and `explain` says so
+    known = set()
+    for entry in records:
+        try:
+            reconciler.ledger.remember(entry["dev_id"], entry["record"], has_ended=False)
+        except ValueError:
+            continue  # a daemon of another version
+        known.add(entry["dev_id"])
+    return known
 
 
 class _Core(Protocol):
@@ -208,15 +237,13 @@ def _print_list(devices: list[Judged], *, as_json: bool) -> None:
         print(present.table(devices, shutil.get_terminal_size((120, 24)).columns))
 
 
-def _print_explanation(devices: list[Judged], sources: dict[int, tuple[str, str]], options: argparse.Namespace) -> None:
-    if not devices:
+def _print_explanation(explanations: list[present.Explanation], options: argparse.Namespace) -> None:
+    if not explanations:
         raise UsageError(f"there is no ublk{options.id}: the id is free", hint="duende-ublkd list")
-    device = devices[0]
-    source, reason = sources[device.seen.dev_id]
     if options.json:
-        print(json.dumps({**present.as_object(device), "policy": {"source": source, "reason": reason}}, indent=2))
+        print(json.dumps(present.explanation_object(explanations[0]), indent=2))
     else:
-        print(present.explain(device, source, reason))
+        print(present.explain(explanations[0]))
 
 
 class _CleanReport:
@@ -258,8 +285,10 @@ def _deed_line(deed: Deed, reason: str) -> str:
 
 async def _clean(config: Config, options: argparse.Namespace) -> ExitCode:
     report = _CleanReport(quiet=options.json)
-    parts = Parts(config, (report,), without_grace=tuple(options.ids) if options.now else ())
+    parts = Parts(config, (report,), without_grace=tuple(options.ids) if options.now else (), one_shot=True)
     try:
+        parts.reconciler.holds = holdfile.load(run_directory(), time.monotonic())
+        _ask_daemon(parts.reconciler)
         await _settle(parts, set(options.ids) or None, act=True)
         devices = list(parts.reconciler.devices.values())
     finally:

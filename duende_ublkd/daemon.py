@@ -1,8 +1,9 @@
 """The daemon: builds the parts, takes the hints, keeps looking, and ends in order.
 
-Order of the start: the lock (one daemon), the ring, the address, the hints, the first full look; only then READY=1. A hint
-that arrives before the first look is done leads to another look. Order of the end: no more looks, deeds under way finished
-or left to the kernel, then the ring.
+Order of the start: the lock (one daemon), the ring, the children, what a former daemon left, memory locked, the addresses,
+the hints, the first full look; only then READY=1. A hint that arrives before the first look is done leads to another look.
+Order of the end: no more looks, deletions under way finished or left to the kernel, recovery commands left to themselves,
+then the ring, and the journal last.
 """
 
 from __future__ import annotations
@@ -16,21 +17,25 @@ from typing import TYPE_CHECKING
 
 from duende_ublkd import __version__
 from duende_ublkd.core.errors import DuendeError, KernelUnavailableError
+from duende_ublkd.core.model import EventKind, Level
 from duende_ublkd.kernel.control import open_control_device
 from duende_ublkd.kernel.memory import lock_memory, locked_bytes
 from duende_ublkd.kernel.process import SoleDaemon, run_directory, tell_service_manager
 from duende_ublkd.kernel.servers import DeathWatch
 from duende_ublkd.kernel.udev import NodeWatch, Uevents
+from duende_ublkd.lasting import Lasting
 from duende_ublkd.parts import Parts, read_config
-from duende_ublkd.report.journal import Journal, log
 from duende_ublkd.report.metrics import Metrics
-from duende_ublkd.report.web import WebServer
+from duende_ublkd.report.web import SOCKET_NAME, WebServer
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping
+    from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+    from typing import Any
 
     from duende_ublkd.core.config import Address, Config
+    from duende_ublkd.core.holds import Hold
     from duende_ublkd.core.model import Judged, PassReport
+    from duende_ublkd.report.store import Record
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -38,22 +43,38 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Daemon:
     """One run of the daemon; also the listener of its own hints and the source of its own pages."""
 
-    def __init__(self, config: Config, path: str | None) -> None:
+    def __init__(self, config: Config, path: str | None, directory: str) -> None:
+        """`path`: of the configuration file, `directory`: the run directory."""
         self._config = config
+        self._directory = directory
         self._path = path
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._ready = False
         self._metrics = Metrics()
-        self._parts = Parts(config, (Journal(), self._metrics, self), on_command=self._metrics.command)
-        self._metrics.read_from(overdue=lambda: self._parts.ring.stats.overdue, locked=locked_bytes)
+        self._lasting = Lasting(config, directory)
+        self._journal = self._lasting.journal
+        self._parts = Parts(
+            config,
+            (self._lasting, self._metrics, self),
+            on_command=self._metrics.command,
+            on_trouble=self._on_trouble,
+            on_hold_ended=self._lasting.on_hold_ended,
+        )
+        self._metrics.read_from(
+            overdue=lambda: self._parts.ring.stats.overdue + self._parts.children.overdue,
+            locked=locked_bytes,
+            store=self._lasting.store,
+            holds=lambda: self.holds,
+        )
         self._agenda = self._parts.agenda
         self._web: WebServer | None = None
+        self._local: WebServer | None = None
         self._deaths = DeathWatch(self._on_death)
         self._nodes: NodeWatch | None = None
         self._trouble = ""
         self._reloading = asyncio.Lock()
-        self._reloads: set[asyncio.Task[None]] = set()
+        self._reloads: set[asyncio.Task[str]] = set()
 
     @property
     def devices(self) -> Mapping[int, Judged]:
@@ -65,11 +86,54 @@ class Daemon:
         """A first full look is done, and the driver answered the last one."""
         return self._ready and not self._trouble
 
+    @property
+    def records(self) -> Mapping[int, dict[str, Any]]:
+        """What is known of the devices beyond the last look."""
+        return self._lasting.records()
+
+    @property
+    def holds(self) -> Sequence[Hold]:
+        """The holds that are in force."""
+        return self._lasting.holds
+
+    def hold(self, dev_id: int, seconds: float, why: str, uid: int) -> Hold:
+        """Hands off a device for so long."""
+        return self._lasting.hold(dev_id, seconds, why, uid)
+
+    def release(self, dev_id: int, uid: int) -> tuple[Hold | None, int]:
+        """End a hold, and have recovery begin anew."""
+        return self._lasting.release(dev_id, uid)
+
+    async def read_events(
+        self, *, after: int, limit: int, dev_id: int | None, since: float | None
+    ) -> tuple[list[Record], str]:
+        """What the journal holds, and why that may not be all."""
+        return await self._lasting.store.read(after=after, limit=limit, dev_id=dev_id, since=since)
+
+    def follow_events(self, after: int) -> AsyncIterator[Record]:
+        """Events as they come."""
+        return self._lasting.store.follow(after)
+
     async def run(self) -> None:
         """Until told to stop. Raises DuendeError for what keeps it from starting, and for a defect."""
         os.close(open_control_device())
-        self._lock_memory()
-        self._web = await self._listen(self._config.http.listen)
+        try:
+            self._parts.children.start()
+            await self._lasting.restore(self._parts.reconciler)
+            self._lock_memory()
+            self._web = await self._listen(self._config.http.listen)
+            self._local = WebServer(self, self._metrics)
+            await self._local.listen_local(f"{self._directory}/{SOCKET_NAME}")
+            await self._run()
+        finally:
+            tell_service_manager("STOPPING=1")
+            await self._parts.close()
+            for server in filter(None, (self._web, self._local)):
+                await server.close()
+            self._note(Level.INFO, "stopped")
+            await self._lasting.store.close()
+
+    async def _run(self) -> None:
         self._nodes = NodeWatch(self)
         uevents = Uevents(self)
         self._parts.kernel.saw_disk = uevents.saw_disk
@@ -77,20 +141,15 @@ class Daemon:
         try:
             await self._look_until_stopped()
         finally:
-            tell_service_manager("STOPPING=1")
             uevents.close()
             self._nodes.close()
             self._deaths.close()
-            await self._parts.close()
-            if self._web:
-                await self._web.close()
-        log.info("stopped")
 
     async def _look_until_stopped(self) -> None:
         if await self._unless_stopped(self._look_first()):
             return
         count = len(self.devices)
-        log.info("duende-ublkd %s looks after %d device%s", __version__, count, "" if count == 1 else "s")
+        self._note(Level.INFO, f"duende-ublkd {__version__} looks after {count} device{'' if count == 1 else 's'}")
         tell_service_manager("READY=1")
         while not await self._unless_stopped(self._look_once()):
             pass
@@ -121,6 +180,14 @@ class Daemon:
         await self._parts.reconciler.run_pass(dev_ids)
         if dev_ids is None:
             self._agenda.later(None, self._config.daemon.resync_interval)
+            self._keep_children()
+
+    def _keep_children(self) -> None:
+        """Should they have died: others, before they are needed."""
+        try:
+            self._parts.children.start()
+        except DuendeError as error:
+            self._on_trouble(f"{error}; {error.hint}")
 
     def intends(self, device: Judged) -> None:
         """Nothing to do before a deed."""
@@ -180,7 +247,7 @@ class Daemon:
         try:
             lock_memory()
         except DuendeError as error:
-            log.warning("%s; %s", error, error.hint)
+            self._note(Level.WARNING, f"{error}; {error.hint}")
 
     def _take_signals(self) -> None:
         for number in STOP_SIGNALS:
@@ -189,21 +256,21 @@ class Daemon:
         self._loop.add_signal_handler(signal.SIGHUP, self._start_reload)
 
     def _start_reload(self) -> None:
-        reload = asyncio.ensure_future(self.reload())
+        reload: asyncio.Task[str] = asyncio.ensure_future(self.reload())
         self._reloads.add(reload)
         reload.add_done_callback(self._end_reload)
 
-    def _end_reload(self, reload: asyncio.Task[None]) -> None:
+    def _end_reload(self, reload: asyncio.Task[str]) -> None:
         self._reloads.discard(reload)
         if not reload.cancelled() and (defect := reload.exception()):
             self._agenda.fail(defect)
 
-    async def reload(self) -> None:
-        """Take the configuration file anew; keep the old one when the new one is wrong."""
+    async def reload(self) -> str:
+        """Take the configuration file anew; keep the old one when the new one is wrong, and return why it is."""
         async with self._reloading:
-            await self._take_config()
+            return await self._take_config()
 
-    async def _take_config(self) -> None:
+    async def _take_config(self) -> str:
         tell_service_manager(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             config = read_config(self._path)
@@ -212,14 +279,24 @@ class Daemon:
                 if self._web:
                     await self._web.close()
                 self._web = web
+            self._parts.take(config)
         except DuendeError as error:
-            log.error("the old configuration stays: %s; %s", error, error.hint)
+            why = f"{error}; {error.hint}"
+            self._note(Level.ERROR, f"the old configuration stays: {why}")
         else:
-            self._config = self._parts.reconciler.config = config
-            self._parts.control.deadline = config.daemon.command_deadline
+            why = ""
+            fixed = _needs_restart(self._config, config)
+            self._config = config
             self._agenda.soon(None)
-            log.info("configuration read anew")
+            self._note(Level.INFO, f"configuration read anew{fixed}")
         tell_service_manager("READY=1")
+        return why
+
+    def _on_trouble(self, sentence: str) -> None:
+        self._note(Level.WARNING, sentence)
+
+    def _note(self, level: Level, text: str) -> None:
+        self._journal.note(EventKind.DAEMON, level, text)
 
     async def _listen(self, address: Address | None) -> WebServer | None:
         if address is None:
@@ -229,10 +306,22 @@ class Daemon:
         return server
 
 
+def _needs_restart(old: Config, new: Config) -> str:
+    """Which changed keys a running daemon does not take."""
+    keys = {
+        "daemon.lock_memory": old.daemon.lock_memory != new.daemon.lock_memory,
+        "daemon.state_dir": old.daemon.state_dir != new.daemon.state_dir,
+        "journal": old.journal != new.journal,
+    }
+    changed = ", ".join(key for key, differs in keys.items() if differs)
+    return f"; {changed} as before until systemctl restart duende-ublkd" if changed else ""
+
+
 async def run(config: Config, path: str | None) -> None:
     """Run the daemon until a signal stops it."""
-    lock = SoleDaemon(run_directory())
+    directory = run_directory()
+    lock = SoleDaemon(directory)
     try:
-        await Daemon(config, path).run()
+        await Daemon(config, path, directory).run()
     finally:
         lock.close()

@@ -10,6 +10,8 @@ import contextlib
 from typing import TYPE_CHECKING
 
 from duende_ublkd.core import config as configuration
+from duende_ublkd.core.errors import ConfigError, UsageError
+from duende_ublkd.kernel.children import Children, resolve_user
 from duende_ublkd.kernel.control import Control
 from duende_ublkd.kernel.devices import UblkKernel
 from duende_ublkd.kernel.holders import Sweeper
@@ -20,8 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from duende_ublkd.core.config import Config
+    from duende_ublkd.core.holds import Hold
     from duende_ublkd.core.model import Judged, PassReport
-    from duende_ublkd.reconcile import Reporter
+    from duende_ublkd.deeds import Reporter
+    from duende_ublkd.kernel.children import Credentials
 
 DEFAULT_PATH = "/etc/duende-ublkd/config.toml"
 FINISH_FOR = 3.0  # seconds for deeds under way when told to stop; what is left is the kernel's to finish
@@ -32,13 +36,27 @@ def read_config(path: str | None) -> Config:
     where = path or DEFAULT_PATH
     try:
         with open(where, "rb") as file:
-            return configuration.load(file.read(configuration.MAX_BYTES + 1), where)
+            config = configuration.load(file.read(configuration.MAX_BYTES + 1), where)
+        users_of(config)
+        return config  # noqa: TRY300 - what else could fail is caught here on purpose
     except FileNotFoundError as error:
         if path is None:
             return configuration.Config()
         raise configuration.unreadable(where, error) from error
     except OSError as error:
         raise configuration.unreadable(where, error) from error
+
+
+def users_of(config: Config) -> dict[str, Credentials]:
+    """Who its recovery commands run as, looked up now: whoever is asked may be unreachable when a disk is."""
+    found = {}
+    for policy in config.policies():
+        if policy.recover and policy.recover.user:
+            try:
+                found[policy.recover.user] = resolve_user(policy.recover.user)
+            except UsageError as error:
+                raise ConfigError(f"recover.user: {error}", hint=error.hint) from error
+    return found
 
 
 class Parts:
@@ -50,26 +68,51 @@ class Parts:
         reporters: tuple[Reporter, ...],
         *,
         on_command: Callable[[str, str, float], None] | None = None,
+        on_trouble: Callable[[str], None] | None = None,
+        on_hold_ended: Callable[[Hold, str], None] | None = None,
         without_grace: tuple[int, ...] = (),
+        one_shot: bool = False,
     ) -> None:
+        """`on_trouble(sentence)`: something is amiss with the children. `one_shot`: it watches no deadline."""
         self.ring = Ring(on_late=self._on_late)
         self.control = Control(self.ring, deadline=config.daemon.command_deadline, on_command=on_command)
         self.sweeper = Sweeper()
-        self.kernel = UblkKernel(self.control, self.sweeper)
+        self.children = Children(
+            on_late=self._on_late_child, on_trouble=on_trouble, lock_memory=config.daemon.lock_memory and not one_shot
+        )
+        self.kernel = UblkKernel(self.control, self.sweeper, self.children)
         self.agenda = Agenda()
         self.reconciler = Reconciler(
-            self.kernel, config, Reporters(*reporters), self.agenda, without_grace=without_grace
+            self.kernel,
+            config,
+            Reporters(*reporters),
+            self.agenda,
+            without_grace=without_grace,
+            only_orphans=one_shot,
+            on_hold_ended=on_hold_ended,
         )
+        self.take(config)
+
+    def take(self, config: Config) -> None:
+        """Go on with this configuration. ConfigError: a user in it does not exist, and nothing has changed."""
+        self.kernel.users = users_of(config)
+        self.reconciler.config = config
+        self.control.deadline = config.daemon.command_deadline
 
     def _on_late(self, name: str, dev_id: int | None, _result: int) -> None:
         if dev_id is not None:
             self.reconciler.note_answer(dev_id, name)
 
+    def _on_late_child(self, name: str, dev_id: int, _result: int) -> None:
+        self.reconciler.note_answer(dev_id, name)
+
     async def close(self) -> None:
-        """Let deeds under way finish, then give everything back."""
+        """Let deletions under way finish, leave recovery commands to themselves, then give everything back."""
+        self.reconciler.leave_recoveries()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.reconciler.finish_deeds(), FINISH_FOR)
         self.sweeper.close()
+        self.children.close()
         await self.ring.close()
 
 

@@ -1,96 +1,40 @@
 """One pass: observe -> decide -> look again -> act -> report.
 
 Rules:
-1. A pass looks, decides and reports; what it decides to delete is done by a task per device, so that a slow deletion
-   delays nobody, and independent devices go in parallel. A device with a task under way is left out of passes.
-2. The look again happens with the device claimed: opened exclusively, so that no server can take it and its id cannot be
-   reused. Whatever differs from the first look spares the device.
-3. A control command that missed its deadline makes its device wedged: nothing but the late answer changes that.
-4. The kernel is a protocol here: the real one and the fake one of the tests are held to the same contract.
+1. A pass looks, decides and reports; what it decides to do is done by a task per device (`deeds.py`), so that a slow
+   deletion delays nobody, and independent devices go in parallel. A device that is being deleted is left out of passes;
+   one that is being recovered is looked at, and nothing else is done to it.
+2. A hint, a timer or a look again asked for by a verdict all mean the same: look now, at this id or at all.
+3. The kernel is a protocol here: the real one and the fake one of the tests are held to the same contract.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from duende_ublkd.core import policy
+from duende_ublkd.core import policy, recovery
 from duende_ublkd.core.config import DeviceFacts
-from duende_ublkd.core.errors import (
-    BusyError,
-    CommandError,
-    CommandOverdueError,
-    DuendeError,
-    InterruptedCommandError,
-    KernelUnavailableError,
-    NoSuchDeviceError,
-)
-from duende_ublkd.core.ledger import Ledger
-from duende_ublkd.core.model import Action, Deed, Judged, Outcome, PassReport
+from duende_ublkd.core.errors import CommandError, CommandOverdueError, DuendeError, KernelUnavailableError
+from duende_ublkd.core.holds import Holds
+from duende_ublkd.core.ledger import Ledger, is_live
+from duende_ublkd.core.model import Action, Deed, Judged, Outcome, PassReport, VerdictKind
+from duende_ublkd.core.trail import NO_TRAIL
+from duende_ublkd.deeds import Deeds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Coroutine
     from collections.abc import Set as AbstractSet
-    from contextlib import AbstractContextManager
 
     from duende_ublkd.core.config import Config, Policy
+    from duende_ublkd.core.holds import Hold
     from duende_ublkd.core.ledger import History
-    from duende_ublkd.core.model import DevInfo, DriverFacts, Observation, Usage
-
-Rdevs = frozenset[tuple[int, int]]
-
-CONFIRM_FOR = 0.5
-"""Seconds to wait for the id to become free; without a holder it takes some milliseconds."""
-MOST_DEEDS = 64
-"""Deletions under way at once: each takes a descriptor, and its turn at the driver's mutex by its deadline."""
-_FIRST_CONFIRM = 0.001
-_SPARED_PAUSE = 1.0
-
-
-class Claim(Protocol):
-    """A device that nobody else can take; the only way to delete one."""
-
-    async def look_again(self) -> Observation | None:
-        """Look once more at what the claim pins; None: the id is free."""
-
-    async def delete(self, info: DevInfo) -> None:
-        """Delete it and release the claim; InterruptedCommandError: deleted, and held."""
-
-
-class Kernel(Protocol):
-    """What is asked of the kernel. UblkKernel documents each call; all may raise KernelUnavailableError."""
-
-    @property
-    def traits(self) -> policy.Traits:
-        """What this kernel's DEL_DEV can do."""
-
-    async def driver(self) -> DriverFacts:
-        """What the driver says of itself, and that it is there."""
-
-    def candidates(self, known: Collection[int]) -> set[int]:
-        """Every id worth asking about in a full look."""
-
-    async def observe(self, dev_ids: Collection[int]) -> list[Observation]:
-        """One look at these ids; those that are free are left out."""
-
-    async def look_for_users(self, seen: Collection[Observation], remembered: Mapping[int, Rdevs]) -> dict[int, Usage]:
-        """Who has these devices open, and who holds their disks."""
-
-    def claim(self, seen: Observation) -> AbstractContextManager[Claim]:
-        """Hold a device exclusively; BusyError, NoSuchDeviceError."""
-
-
-class Reporter(Protocol):
-    """Who is told."""
-
-    def intends(self, device: Judged) -> None:
-        """Called right before something destructive is done."""
-
-    def passed(self, report: PassReport) -> None:
-        """Called after each pass, and after each deed with a report of that alone."""
+    from duende_ublkd.core.model import Observation, Verdict
+    from duende_ublkd.deeds import Kernel, Rdevs, Reporter
 
 
 class Agenda:
@@ -148,7 +92,7 @@ class Agenda:
 
 
 class Reconciler:
-    """Brings what is there to what should be there, one pass at a time."""
+    """Brings what is there to what should be there, one pass at a time. Also the judge of its deeds."""
 
     def __init__(
         self,
@@ -158,24 +102,37 @@ class Reconciler:
         agenda: Agenda,
         *,
         without_grace: Collection[int] = (),
+        only_orphans: bool = False,
         clock: Callable[[], float] = time.monotonic,
+        on_hold_ended: Callable[[Hold, str], None] | None = None,
     ) -> None:
-        """`without_grace`: ids whose owner vouches for them (`clean --now`). `clock`: that of the observations."""
-        self._clock = clock
+        """`without_grace`: ids whose owner vouches for them (`clean --now`). `only_orphans`: a one-shot command, which
+        has not watched any deadline, leaves what waits for a server alone. `clock`: that of the observations.
+        `on_hold_ended(hold, why)`: a hold ended by itself.
+        """
+        self.clock = clock
         self.config = config
+        self.holds = Holds()
         self.ledger = Ledger()
         self.devices: dict[int, Judged] = {}
         self._kernel = kernel
         self._reporter = reporter
         self._agenda = agenda
         self._without_grace = frozenset(without_grace)
-        self._deeds: dict[int, asyncio.Task[None]] = {}
-        self._slots = asyncio.Semaphore(MOST_DEEDS)
-        self._late: set[tuple[int, str]] = set()  # answers that came after their deadline, since the last question
+        self._only_orphans = only_orphans
+        self._on_hold_ended = on_hold_ended or (lambda _hold, _why: None)
+        self._deeds = Deeds(kernel, self.ledger, self.devices, reporter, self)
+        self._deletions: dict[int, asyncio.Task[None]] = {}
+        self._recoveries: dict[int, asyncio.Task[None]] = {}
+
+    @property
+    def is_dry_run(self) -> bool:
+        """Nothing is to be done."""
+        return self.config.daemon.dry_run
 
     async def run_pass(self, dev_ids: set[int] | None, *, act: bool = True, thorough: bool = False) -> PassReport:
         """Look at some or all ids and judge them. `act` False only looks; `thorough` asks for users of every device."""
-        began = self._clock()
+        began = self.clock()
         left_out = self._left_out()
         try:
             driver = await self._kernel.driver()
@@ -184,7 +141,7 @@ class Reconciler:
         except (KernelUnavailableError, CommandError, CommandOverdueError, OSError) as error:
             no_driver = isinstance(error, KernelUnavailableError) and error.no_driver
             gone = self._notice_gone(self.devices.keys() - left_out) if no_driver else []
-            took = self._clock() - began
+            took = self.clock() - began
             report = PassReport(
                 began,
                 took,
@@ -199,41 +156,81 @@ class Reconciler:
             self._reporter.passed(report)
             return report
         gone = self._notice_gone(wanted - {each.dev_id for each in seen})
+        self._end_holds()
         changed = [device for each in seen if (device := self._judge(each))]
-        self.devices = dict(sorted(self.devices.items()))
-        dry_run = self.config.daemon.dry_run
-        deeds = [_would_delete(device) for device in changed if dry_run and device.verdict.action is Action.DELETE]
-        took = self._clock() - began
+        self._sort_devices()
+        deeds = [_would_do(device) for device in changed if self.is_dry_run and device.verdict.action in _DEEDS]
+        took = self.clock() - began
         report = PassReport(
             began, took, dev_ids is None, tuple(changed), tuple(gone), tuple(deeds), self.devices, driver
         )
         self._reporter.passed(report)
         for each in seen:
             device = self.devices[each.dev_id]
-            if device.verdict.action is Action.DELETE and act and not dry_run:
+            if act and self._may_do(device.verdict):
                 self._start(device)
             elif device.verdict.look_again_in is not None:
                 self._agenda.later(each.dev_id, device.verdict.look_again_in)
+            if device.hold:
+                self._agenda.later(each.dev_id, max(device.hold.until - self.clock(), 0.0))
         return report
+
+    def _may_do(self, verdict: Verdict) -> bool:
+        if self.is_dry_run or verdict.action not in _DEEDS:
+            return False
+        return not (self._only_orphans and verdict.kind is VerdictKind.UNSERVED)
+
+    def _sort_devices(self) -> None:
+        """In place: the deeds take what they delete out of the same dictionary."""
+        if list(self.devices) != sorted(self.devices):
+            in_order = sorted(self.devices.items())
+            self.devices.clear()
+            self.devices.update(in_order)
 
     def note_answer(self, dev_id: int, command: str) -> None:
         """A command that missed its deadline has answered; its asker may still have to hear of the deadline."""
-        self._late.add((dev_id, command))
         self.ledger.note_answer(dev_id, command)
         self._agenda.soon(dev_id)
 
     async def finish_deeds(self) -> set[int]:
         """Wait until nothing destructive is under way; the ids that something was done to."""
         done: set[int] = set()
-        while self._deeds:
-            done |= self._deeds.keys()
-            await asyncio.wait(self._deeds.values())
+        while self._deletions:
+            done |= self._deletions.keys()
+            await asyncio.wait(self._deletions.values())
         return done
+
+    def leave_recoveries(self) -> None:
+        """Watch recovery commands no more; they run on by themselves, until their limit."""
+        for task in self._recoveries.values():
+            task.cancel()
 
     def note_opened(self, dev_id: int) -> None:
         """Somebody has opened a device's char node; not we, as long as nothing is done to it."""
-        if dev_id not in self._deeds:
-            self.ledger.note_opened(dev_id, self._clock())
+        if dev_id not in self._deletions:
+            self.ledger.note_opened(dev_id, self.clock())
+
+    def hold(self, hold: Hold) -> None:
+        """Hands off a device from now on; a deletion that has not sent its command yet ends here too."""
+        self.holds.set(hold)
+        self._agenda.soon(hold.dev_id)
+
+    def release(self, dev_id: int) -> tuple[Hold | None, int]:
+        """End a hold; which one, and how many attempts to recover are forgotten: a person has looked at the device."""
+        hold = self.holds.release(dev_id)
+        history = self.ledger.get(dev_id)
+        attempts = 0
+        if history and not history.trail.is_running:
+            attempts = history.trail.attempts
+            self.ledger.note_trail(dev_id, history.trail.forgotten())
+        self._agenda.soon(dev_id)
+        return hold, attempts
+
+    def decide(self, seen: Observation, history: History) -> Verdict:
+        """What a device is and what to do, by the configuration and the holds of this moment."""
+        hold = self.holds.active(seen.dev_id, seen.identity.sysfs_inode, self.clock())
+        chosen = self.policy_for(seen, history)
+        return policy.decide(seen, history, chosen, self._kernel.traits, seen.at, hold)
 
     def policy_for(self, seen: Observation, history: History) -> Policy:
         """The policy that the configuration gives this device."""
@@ -245,19 +242,31 @@ class Reconciler:
     def _left_out(self) -> frozenset[int]:
         """What a pass does not look at: it would miss what a deed learns meanwhile, or ask what was not answered yet."""
         unanswered = (dev_id for dev_id in self.ledger.ids() if self._waits_for_look(dev_id))
-        return frozenset((*self._deeds, *unanswered))
+        return frozenset((*self._deletions, *unanswered))
+
+    def _end_holds(self) -> None:
+        for hold in self.holds.expire(self.clock()):
+            self._on_hold_ended(hold, "its time is over")
 
     def _waits_for_look(self, dev_id: int) -> bool:
         history = self.ledger.get(dev_id)
         return bool(history and history.overdue and history.overdue.of_look)
 
     async def _observe(self, wanted: Collection[int], *, thorough: bool) -> list[Observation]:
-        self._late = {late for late in self._late if late[0] not in wanted}
+        self.ledger.note_question(wanted)
         seen = await self._kernel.observe(wanted)
-        unclear = [each for each in seen if thorough or policy.needs_usage(each)]
+        unclear = [each for each in seen if thorough or policy.needs_usage(each) or self._wants_server(each)]
         remembered = {each.dev_id: self._disk_rdevs(each.dev_id) for each in unclear}
         usage = await self._kernel.look_for_users(unclear, remembered)
         return [replace(each, usage=usage.get(each.dev_id)) for each in seen]
+
+    def _wants_server(self, seen: Observation) -> bool:
+        """It is served, and its recovery will need to know by whom."""
+        history = self.ledger.get(seen.dev_id)
+        if not is_live(seen) or (history and history.server_confirmed):
+            return False
+        possible = [self.policy_for(seen, history)] if history else self.config.policies()
+        return any(recovery.asks_for_server(each.recover) for each in possible)
 
     def _disk_rdevs(self, dev_id: int) -> Rdevs:
         history = self.ledger.get(dev_id)
@@ -272,115 +281,58 @@ class Reconciler:
     def _judge(self, seen: Observation) -> Judged | None:
         """Judge one device; returns it when the verdict is another than before."""
         history = self.ledger.record(seen)
-        if seen.overdue and (seen.dev_id, seen.overdue) not in self._late:
+        if seen.overdue:
             self.ledger.note_overdue(seen.dev_id, seen.overdue, seen.at, of_look=True)
-            history = self.ledger.get(seen.dev_id) or history
-        verdict = policy.decide(seen, history, self.policy_for(seen, history), self._kernel.traits, seen.at)
+        inode = seen.identity.sysfs_inode
+        if inode is not None and (dropped := self.holds.drop_of_others(seen.dev_id, inode)):
+            self._on_hold_ended(dropped, "its device is gone")
+        history = self._follow_trail(seen, self.ledger.get(seen.dev_id) or history)
+        verdict = self.decide(seen, history)
         history, before = self.ledger.note_verdict(seen.dev_id, verdict, seen.at)
         last = self.devices.get(seen.dev_id)
         if seen.usage is None and last and last.seen.identity == seen.identity:
             seen = replace(seen, usage=last.seen.usage)  # for people: who used it when somebody last looked
-        device = Judged(seen, verdict, history.verdict_since)
+        hold = self.holds.active(seen.dev_id, inode, self.clock())
+        device = Judged(seen, verdict, history.verdict_since, hold, history.trail)
         self.devices[seen.dev_id] = device
         return device if before else None
 
+    def _follow_trail(self, seen: Observation, history: History) -> History:
+        """A device that was served for long enough has its attempts before it again."""
+        if history.trail == NO_TRAIL or seen.info is None:  # without an answer nobody knows, nor which policy it has
+            return history
+        rule = self.policy_for(seen, history).recover
+        stable = rule.stable if rule else math.inf
+        trail = history.trail.looked_at(seen.at, stable, served=is_live(seen))
+        return self.ledger.note_trail(seen.dev_id, trail) or history
+
     def _start(self, device: Judged) -> None:
         dev_id = device.seen.dev_id
-        task = asyncio.ensure_future(self._carry_out(device))
-        self._deeds[dev_id] = task
-        task.add_done_callback(lambda _: self._finished(dev_id))
+        if device.verdict.action is Action.RECOVER:
+            self._agenda.later(dev_id, _GLANCE_AT_RECOVERY)
+        if dev_id in self._recoveries:
+            return
+        if device.verdict.action is Action.DELETE:
+            self._deletions[dev_id] = self._begin(dev_id, self._deeds.delete(device), self._deletions)
+            return
+        self._recoveries[dev_id] = self._begin(dev_id, self._deeds.recover(device), self._recoveries)
 
-    def _finished(self, dev_id: int) -> None:
-        task = self._deeds.pop(dev_id)
+    def _begin(
+        self, dev_id: int, deed: Coroutine[None, None, None], tasks: dict[int, asyncio.Task[None]]
+    ) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(deed)
+        task.add_done_callback(lambda _: self._finished(dev_id, tasks))
+        return task
+
+    def _finished(self, dev_id: int, tasks: dict[int, asyncio.Task[None]]) -> None:
+        task = tasks.pop(dev_id)
         if not task.cancelled() and (defect := task.exception()):
             self._agenda.fail(defect)
         self._agenda.soon(dev_id)
 
-    async def _carry_out(self, device: Judged) -> None:
-        async with self._slots:
-            if not self.config.daemon.dry_run:
-                await self._try_to_delete(device)
 
-    async def _try_to_delete(self, device: Judged) -> None:
-        """One deletion from the announcement to the report; every failure ends here, as a deed with its reason."""
-        began = self._clock()
-        dev_id = device.seen.dev_id
-        history = self.ledger.get(dev_id)
-        self._reporter.intends(device)
-        self._late = {late for late in self._late if late[0] != dev_id}
-        outcome: Outcome | None = None
-        detail = ""
-        try:
-            outcome, detail = await self._delete(device)
-        except CommandOverdueError as error:
-            if (dev_id, error.command) not in self._late:
-                self.ledger.note_overdue(dev_id, error.command, self._clock(), of_look=False)
-            detail = str(error)
-        except (CommandError, KernelUnavailableError, OSError) as error:
-            detail = str(error)
-            self.ledger.note_failure(dev_id, detail, self._clock())
-        ended = self._clock()
-        died = history.death_seen if history else None
-        reaction = ended - died if outcome is Outcome.DELETED and died is not None else None
-        gone: tuple[Judged, ...] = ()
-        if outcome in (Outcome.DELETED, Outcome.ALREADY_GONE):
-            self.ledger.forget(dev_id)
-            gone = tuple(filter(None, [self.devices.pop(dev_id, None)]))
-        deed = Deed(dev_id, Action.DELETE, outcome, detail, ended - began, reaction)
-        self._reporter.passed(PassReport(began, ended - began, False, (), gone, (deed,), self.devices))
-
-    async def _delete(self, device: Judged) -> tuple[Outcome, str]:
-        """Reasons to hold back, one after the other, and then the deletion."""
-        try:
-            with self._kernel.claim(device.seen) as claim:
-                again = await claim.look_again()
-                if again is None:
-                    return Outcome.ALREADY_GONE, "somebody else deleted it"
-                reason = self._why_not(device, again)
-                if reason or again.info is None:
-                    self.ledger.note_pause(device.seen.dev_id, reason, again.at + _SPARED_PAUSE)
-                    return Outcome.SPARED, reason
-                await claim.delete(again.info)
-        except BusyError:
-            self.ledger.note_open(device.seen.dev_id, self._clock())
-            return Outcome.SPARED, "somebody has opened its char device"
-        except NoSuchDeviceError:
-            return Outcome.ALREADY_GONE, "somebody else deleted it"
-        except InterruptedCommandError as error:
-            return Outcome.DELETED_STILL_HELD, error.meaning
-        return await self._confirm(device.seen)
-
-    def _why_not(self, device: Judged, again: Observation) -> str:
-        """The second look, with nobody able to change the answer any more. Empty: go on."""
-        if self.config.daemon.dry_run:
-            return "dry run"
-        if again.identity.sysfs_inode is None:
-            return "somebody else deleted it"
-        if again.identity != device.seen.identity:
-            return "its id belongs to another device now"
-        history = self.ledger.record(replace(again, usage=device.seen.usage))
-        seen = replace(again, usage=device.seen.usage)
-        verdict = policy.decide(seen, history, self.policy_for(seen, history), self._kernel.traits, again.at)
-        return "" if verdict.action is Action.DELETE else verdict.reason
-
-    async def _confirm(self, deleted: Observation) -> tuple[Outcome, str]:
-        """Wait for the id to become free; nothing but asking tells (freeing an id emits no event)."""
-        pause, until = _FIRST_CONFIRM, self._clock() + CONFIRM_FOR
-        try:
-            while not await self._is_free(deleted):
-                if self._clock() > until:
-                    return Outcome.DELETED_STILL_HELD, "its id frees itself when the last holder lets go"
-                await asyncio.sleep(pause)
-                pause *= 2
-        except (CommandError, CommandOverdueError, KernelUnavailableError, OSError) as error:
-            return Outcome.DELETED_STILL_HELD, f"nobody could tell whether its id is free: {error}"
-        return Outcome.DELETED, ""
-
-    async def _is_free(self, deleted: Observation) -> bool:
-        """Whether the id is free, or another device's already: a server that is restarted gets the lowest free one."""
-        of_the_deleted = (None, deleted.identity.sysfs_inode)
-        now = await self._kernel.observe([deleted.dev_id])
-        return all(each.identity.sysfs_inode not in of_the_deleted for each in now)
+_DEEDS = (Action.DELETE, Action.RECOVER)
+_GLANCE_AT_RECOVERY = 1.0  # seconds until a device whose recovery begins, or waits for its turn, is looked at again
 
 
 def facts_of(seen: Observation, history: History) -> DeviceFacts:
@@ -392,9 +344,12 @@ def facts_of(seen: Observation, history: History) -> DeviceFacts:
         exe=server.exe if server else None,
         unit=server.unit if server else None,
         owner_uid=seen.info.owner_uid if seen.info else None,
+        flags=seen.info.flags if seen.info else None,
         server_known=server is not None,
     )
 
 
-def _would_delete(device: Judged) -> Deed:
-    return Deed(device.seen.dev_id, Action.DELETE, Outcome.WOULD_DELETE, device.verdict.reason, 0.0)
+def _would_do(device: Judged) -> Deed:
+    action = device.verdict.action
+    outcome = Outcome.WOULD_DELETE if action is Action.DELETE else Outcome.WOULD_RECOVER
+    return Deed(device.seen.dev_id, action, outcome, device.verdict.reason, 0.0)

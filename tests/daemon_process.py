@@ -23,7 +23,9 @@ class DaemonProcess:
     def __init__(self, config: str = "", *, port: int = 10116, environment: dict[str, str] | None = None) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="duende-"))
         self.config_path = self.directory / "config.toml"
-        self.config_path.write_text(config)
+        state = f'state_dir = "{self.directory / "state"}"'
+        whole = config if "[daemon]" in config else f"[daemon]\n{config}"
+        self.config_path.write_text(whole.replace("[daemon]", f"[daemon]\n{state}", 1))
         self.port = port
         self.log_path = self.directory / "log"
         self._environment = environment or {}

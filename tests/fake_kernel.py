@@ -21,6 +21,8 @@ from duende_ublkd.core.errors import (
     BusyError,
     CommandError,
     CommandOverdueError,
+    DuendeError,
+    HeldError,
     InterruptedCommandError,
     KernelUnavailableError,
     NoSuchDeviceError,
@@ -41,6 +43,8 @@ from duende_ublkd.core.policy import Traits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
+
+    from duende_ublkd.core.config import Recovery
 
 T = TypeVar("T")
 Rdevs = frozenset[tuple[int, int]]
@@ -118,6 +122,10 @@ class Instance:
     has_node: bool = True
     openers: list[Process] = field(default_factory=list)
     holders: list[Holder] = field(default_factory=list)
+    hidden_holder: bool = False  # of its disk; no sweep shows it, and the kernel knows
+    unserved_since: float | None = None
+    served_since: float | None = None  # by whoever finished the last recovery
+    opened_at: float = 0.0
     claimed: bool = False
     releasing_until: float = 0.0  # the kernel clears UB_STATE_OPEN some time after the last close (6.15)
     started: bool = False
@@ -136,6 +144,7 @@ class Fault(Enum):
     """What the next deletion of an id meets."""
 
     REFUSED = "refused"  # the kernel says EIO
+    STOP_OVERDUE = "stop overdue"  # so does the stop before it
     OVERDUE = "overdue"  # no answer by the deadline; see FakeKernel.answer
     ALREADY_DONE = "already done"  # somebody else's deletion came first
     DEFECT = "defect"  # a bug of ours
@@ -172,6 +181,10 @@ class FakeKernel:
         self.clock_was_set = False  # the age of a node cannot be told
         self.setup_grace = 60.0  # promised to a server between ADD_DEV and open
         self.orphan_grace = 0.5  # promised to a server between close and DEL_DEV
+        self.recovery_deadline: float | None = None  # promised to a new server; None: for ever
+        self.commands: list[FakeCommand] = []  # recovery commands, in order
+        self.on_command: Callable[[FakeCommand], None] = FakeCommand.serve  # what such a command does
+        self.off_limits: dict[int, float] = {}  # ids on hold, and until when: nothing may be done to them
         self.unanswered: set[int] = set()  # ids whose GET_DEV_INFO misses its deadline
         self.asked: Counter[int] = Counter()  # how often each id was looked at
         self.troubles: dict[int, str] = {}  # ids whose GET_DEV_INFO gives no answer, and why
@@ -179,6 +192,7 @@ class FakeKernel:
         self.taken: dict[int, Instance] = {}
         self.processes: dict[int, Process] = {}
         self.deletions: list[Instance] = []  # by the reaper, in order
+        self.stops: list[Instance] = []  # of devices without a server, by the reaper
         self.looks = 0
         self.violations: list[str] = []
         self._inodes = 14_000
@@ -222,6 +236,21 @@ class FakeKernel:
         finally:
             claim.release()
 
+    def run_command(
+        self, dev_id: int, argv: tuple[str, ...], environment: Mapping[str, str], rule: Recovery
+    ) -> FakeCommand:
+        self._insist_on_need(dev_id)
+        command = FakeCommand(self, dev_id, argv, dict(environment), rule.timeout)
+        self.commands.append(command)
+        self._loop.call_soon(self.on_command, command)
+        return command
+
+    def abandon_commands(self) -> None:
+        """The daemon is gone: a command that does not serve by its limit is ended by its supervisor."""
+        for command in self.commands:
+            if not command.is_over:
+                self._loop.call_later(max(command.at + command.timeout - self._loop.time(), 0.0), command.expire)
+
     # What happens in the world
 
     def process(self, comm: str = "ublk.test", *, visible: bool = True) -> Process:
@@ -250,7 +279,7 @@ class FakeKernel:
         if self.is_busy(instance):
             raise BusyError("open", instance.dev_id, errno.EBUSY, "somebody has it")
         instance.openers.append(process or instance.adder)
-        instance.left_at = None
+        instance.left_at, instance.opened_at = None, self._loop.time()
         self._tell(instance)
 
     def is_busy(self, instance: Instance) -> bool:
@@ -316,6 +345,7 @@ class FakeKernel:
     def finish_recovery(self, instance: Instance) -> None:
         """END_USER_RECOVERY: the same disk again."""
         instance.state, instance.pid = KernelState.LIVE, instance.openers[0].pid
+        instance.served_since = self._loop.time()
 
     def hold(self, instance: Instance, holder: Holder) -> None:
         """Somebody mounts, swaps on, or opens the disk."""
@@ -335,6 +365,9 @@ class FakeKernel:
     def answer(self, instance: Instance, *, works: bool) -> None:
         """The overdue command on a device answers after all, having done its work or not."""
         command, instance.overdue = instance.overdue, ""
+        if command == "STOP_DEV" and works:
+            self.stop(instance)
+            works = False
         if works and instance.listed:
             self._take_away(instance)
         self.on_late(command, instance.dev_id)
@@ -402,6 +435,7 @@ class FakeKernel:
         """What the kernel makes of a device whose server is gone. QUIESCED sends no event."""
         if instance.state != KernelState.LIVE or instance.openers:
             return
+        instance.unserved_since = self._loop.time()
         if instance.flags & Feature.USER_RECOVERY_FAIL_IO:
             instance.state = KernelState.FAIL_IO
         elif instance.flags & Feature.USER_RECOVERY:
@@ -417,9 +451,23 @@ class FakeKernel:
             raise BusyError("open", seen.dev_id, errno.EBUSY, "somebody has its char device open")
         if self._identity(instance) != seen.identity:
             raise NoSuchDeviceError("open", seen.dev_id, errno.ENODEV, "its id belongs to another device now")
-        self._condemn("claimed", instance)
+        if instance.state not in (KernelState.QUIESCED, KernelState.FAIL_IO):
+            self._condemn("claimed", instance)
         instance.claimed = True
         return instance
+
+    def _insist_on_need(self, dev_id: int) -> None:
+        """A recovery command may be run for a device without a server, one at a time, and for none on hold."""
+        now, instance = self._loop.time(), self.taken.get(dev_id)
+        just_now = now - 3 * self.latency  # since the last look at it
+        reasons = {
+            "another one runs": any(not each.is_over and each.dev_id == dev_id for each in self.commands),
+            "it is on hold": now < self.off_limits.get(dev_id, 0.0),
+            "it is served": instance is not None
+            and any(opener.visible for opener in instance.openers)
+            and instance.opened_at < just_now,
+        }
+        self.violations += [f"{now}: a command for ublk{dev_id}, but {why}" for why, so in reasons.items() if so]
 
     def _condemn(self, deed: str, instance: Instance) -> None:
         """Take down whatever speaks against this deed."""
@@ -436,6 +484,7 @@ class FakeKernel:
                 instance.left_at is not None and now < instance.left_at + self.orphan_grace
             ),
             f"{instance.overdue} on it has not answered": bool(instance.overdue),
+            "it is on hold": deed != "claimed" and now < self.off_limits.get(instance.dev_id, 0.0),
         }
         self.violations += [f"{now}: {instance} {deed}, but {why}" for why, so in reasons.items() if so]
 
@@ -462,6 +511,34 @@ class FakeClaim:
     async def look_again(self) -> Observation | None:
         seen = await self._kernel.observe([self._instance.dev_id])
         return seen[0] if seen else None
+
+    async def stop(self, _seen: Observation) -> None:
+        kernel, instance = self._kernel, self._instance
+        now, deadline = kernel._loop.time(), kernel.recovery_deadline
+        reasons = {
+            "it is served": instance.state == KernelState.LIVE or bool(instance.openers),
+            "it may wait for a server for ever": deadline is None,
+            "it may still be recovered": (
+                deadline is not None
+                and instance.unserved_since is not None
+                and now < instance.unserved_since + deadline
+            ),
+            "a sweep shows who holds it": bool(instance.holders),
+            "the sweep was not complete": not kernel.sees_everything,
+            "it is on hold": now < kernel.off_limits.get(instance.dev_id, 0.0),
+            f"{instance.overdue} on it has not answered": bool(instance.overdue),
+        }
+        kernel.violations += [f"{now}: {instance} stopped, but {why}" for why, so in reasons.items() if so]
+        if instance.hidden_holder or instance.holders:
+            raise HeldError("STOP_DEV", instance.dev_id, errno.EBUSY, "its disk is in use")
+        if kernel.faults.get(instance.dev_id) is Fault.STOP_OVERDUE:
+            del kernel.faults[instance.dev_id]
+            instance.overdue = "STOP_DEV"
+            await asyncio.sleep(DEADLINE)
+            raise CommandOverdueError("STOP_DEV", instance.dev_id, DEADLINE)
+        await asyncio.sleep(kernel.latency)
+        kernel.stops.append(instance)
+        kernel.stop(instance)
 
     async def delete(self, info: DevInfo) -> None:
         kernel, instance = self._kernel, self._instance
@@ -501,7 +578,7 @@ class FakeClaim:
                 raise NoSuchDeviceError(command, instance.dev_id, errno.ENODEV, "no such device")
             case Fault.DEFECT:
                 raise ZeroDivisionError("a defect")
-            case None:
+            case Fault.STOP_OVERDUE | None:
                 return
 
     async def _delete_and_wait(self) -> None:
@@ -519,3 +596,141 @@ class FakeClaim:
             if kernel._loop.time() >= until:
                 raise InterruptedCommandError("DEL_DEV", instance.dev_id, errno.EINTR, "deleted; its id is held")
             await asyncio.sleep(0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class FakeEnded:
+    """How a command ended."""
+
+    status: int | None
+    output: str = ""
+    trouble: str = ""
+
+
+class FakeCommand:
+    """A recovery command; what it does is told to it by `FakeKernel.on_command`, in the methods of the second half."""
+
+    def __init__(
+        self, kernel: FakeKernel, dev_id: int, argv: tuple[str, ...], environment: dict[str, str], timeout: float
+    ) -> None:
+        self.kernel, self.dev_id, self.argv, self.environment, self.timeout = kernel, dev_id, argv, environment, timeout
+        self.process = kernel.process(argv[0])
+        self.children: list[Process] = []
+        self.kept = self.was_ended = self.did_not_start = False
+        self.at = kernel._loop.time()
+        self._started: asyncio.Future[None] = kernel._loop.create_future()
+        self._ended: asyncio.Future[FakeEnded] = kernel._loop.create_future()
+
+    @property
+    def is_over(self) -> bool:
+        return self.did_not_start or self.kept or self.was_ended or not any(each.alive for each in self._all)
+
+    @property
+    def _all(self) -> list[Process]:
+        return [self.process, *self.children]
+
+    async def started(self) -> None:
+        await self._started
+
+    async def ended(self) -> FakeEnded:
+        return await asyncio.shield(self._ended)
+
+    async def has_open(self, dev_id: int) -> bool:
+        instance = self.kernel.taken.get(dev_id)
+        return instance is not None and any(each in instance.openers for each in self._all)
+
+    def keep(self) -> None:
+        self.kept = True
+
+    async def end(self) -> str:
+        just_now = self.kernel._loop.time() - 3 * self.kernel.latency  # since the look that found it not served
+        for one in self.kernel.taken.values():
+            serves = any(each in one.openers for each in self._all) and one.state == KernelState.LIVE
+            if serves and one.served_since is not None and one.served_since < just_now:
+                self.kernel.violations.append(f"the server of {one} was ended")
+        self.was_ended = True
+        for each in self._all:
+            self.kernel.kill(each)
+        self.exit(-9)
+        return ""
+
+    # What a command may do
+
+    def start(self) -> None:
+        self._started.set_result(None)
+
+    def fail_to_start(self) -> None:
+        self.did_not_start = True
+        self._started.set_exception(DuendeError(f"{self.argv[0]}: no such file", hint="see PATH"))
+
+    def exit(self, status: int, output: str = "") -> None:
+        """Its own process ends, and lets go of what it has open; its children live on."""
+        self.kernel.kill(self.process)
+        if not self._ended.done():
+            self._ended.set_result(FakeEnded(status, output))
+
+    def fail(self, *, within: float = 0.2, status: int = 1) -> None:
+        """Say why not, and exit."""
+        self.start()
+        self.kernel._loop.call_later(within, self.exit, status, "no backing file")
+
+    def hang(self) -> None:
+        """Do nothing, for ever."""
+        self.start()
+
+    def take_and_hang(self, *, within: float = 0.2) -> None:
+        """Open the device, and never finish the recovery."""
+        self.start()
+        self.kernel._loop.call_later(within, self._take)
+
+    def serve(self, *, within: float = 0.2) -> None:
+        """Open the device, and finish the recovery; it stays in the foreground."""
+        self.take_and_hang(within=within / 2)
+        self.kernel._loop.call_later(within, self.finish)
+
+    def serve_as_daemon(self, *, within: float = 0.2, status: int = 0) -> None:
+        """As servers do that put themselves into the background: a child serves, and its parent exits."""
+        self.take_and_hang(within=within / 4)
+        self.kernel._loop.call_later(within / 2, self._fork, status)
+        self.kernel._loop.call_later(within, self.finish)
+
+    def ask_another(self, *, within: float = 0.2, status: int = 0) -> None:
+        """As `systemctl start` does: the server is somebody else's child."""
+        self.start()
+        self.kernel._loop.call_later(within / 2, self._take, self.kernel.process())
+        self.kernel._loop.call_later(within, self.finish)
+        self.kernel._loop.call_later(within / 4, self.exit, status)
+
+    def expire(self) -> None:
+        """Its limit, with nobody to watch it: the supervisor ends what does not serve."""
+        if not self.is_over and not self._is_serving():
+            self.was_ended = True
+            for each in self._all:
+                self.kernel.kill(each)
+
+    def finish(self) -> None:
+        """END_USER_RECOVERY by whoever has the device open."""
+        instance = self.kernel.taken.get(self.dev_id)
+        if instance and instance.openers and instance.state in (KernelState.QUIESCED, KernelState.FAIL_IO):
+            self.kernel.finish_recovery(instance)
+
+    def _is_serving(self) -> bool:
+        instance = self.kernel.taken.get(self.dev_id)
+        return instance is not None and any(each in instance.openers for each in self._all)
+
+    def _take(self, process: Process | None = None) -> None:
+        process = process or self.process
+        instance = self.kernel.taken.get(self.dev_id)
+        if instance is None or not process.alive:
+            return
+        try:
+            self.kernel.recover(instance, process)
+        except (BusyError, NoSuchDeviceError) as error:
+            self.exit(1, str(error))
+
+    def _fork(self, status: int) -> None:
+        instance = self.kernel.taken.get(self.dev_id)
+        if instance and self.process in instance.openers:
+            self.children.append(self.kernel.process("worker"))
+            self.kernel.share(instance, self.children[0])
+        self.exit(status)

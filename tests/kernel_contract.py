@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from duende_ublkd.core.model import Observation, Usage
-    from duende_ublkd.reconcile import Kernel
+    from duende_ublkd.deeds import Kernel
 
 T = TypeVar("T")
 

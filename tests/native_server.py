@@ -27,6 +27,10 @@ class NativeServer:
                 return int(dev_id)
         raise AssertionError(f"mini_server ended with {self._process.wait()} before it said {word}")
 
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def kill(self) -> float:
         """SIGKILL, and the moment of it (CLOCK_MONOTONIC)."""
         at = time.monotonic()

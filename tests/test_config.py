@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import tomllib
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,28 +15,42 @@ from hypothesis import strategies as st
 
 from duende_ublkd.core.config import (
     MAX_BYTES,
+    MOST_CHARACTERS,
+    MOST_PARTS,
+    PLACEHOLDERS,
     SECTIONS,
     Address,
     Config,
     DaemonConfig,
     DeviceFacts,
     DeviceRule,
+    FlagMatch,
     InvalidConfigError,
+    JournalConfig,
     Match,
     OnOrphan,
+    OnUnserved,
     Policy,
     Problem,
+    Recovery,
+    UnfilledError,
     WrongValueError,
     duration_text,
+    fill,
     key_lines,
     load,
     parse_duration,
+    parse_size,
     schema,
+    size_text,
     unreadable,
 )
-from duende_ublkd.core.errors import ConfigError, ExitCode
+from duende_ublkd.core.errors import ConfigError, DuendeError, ExitCode
+from duende_ublkd.core.model import Feature
 
 ANNOTATED = Path(__file__).parent.parent / "config" / "duende-ublkd.toml"
+COMMAND = ("ublk", "recover", "-n", "{id}")
+RECOVER = 'recover = { command = ["ublk", "recover", "-n", "{id}"] }'
 
 
 def a_config(text: str) -> Config:
@@ -74,17 +88,35 @@ def test_the_annotated_file_changes_nothing() -> None:
 
 
 def test_the_annotated_file_shows_every_key() -> None:
-    data = tomllib.loads(ANNOTATED.read_text())
-    assert {name: set(table) for name, table in data.items()} == {
-        name: set(schema(record)) for name, record in SECTIONS.items()
-    }
+    data, examples = tomllib.loads(ANNOTATED.read_text()), tomllib.loads(with_examples())
+    assert set(data) == set(SECTIONS)
+    for name, record in SECTIONS.items():
+        without_default = {key for key, parse in schema(record).items() if isinstance(parse, type)}
+        assert set(data[name]) == set(schema(record)) - without_default
+        assert set(examples[name]) == set(schema(record))
+    assert set(examples["policy"]["recover"]) == set(schema(Recovery))
+    assert {key for table in examples["device"] for key in table.get("match", {})} == set(schema(Match))
 
 
-def test_the_annotated_example_of_a_device_loads_and_shows_every_matcher() -> None:
-    text = re.sub(r"^#(?=[\[\w])", "", ANNOTATED.read_text(), flags=re.MULTILINE)
-    (rule,) = a_config(text).devices
-    assert all(getattr(rule.match, matcher.name) is not None for matcher in fields(Match))
-    assert rule.policy == Policy(orphaned=OnOrphan.ALERT, orphan_grace=10.0)
+def with_examples() -> str:
+    """The annotated file with every example in force."""
+    return re.sub(r"^#(?=[\[\w])", "", ANNOTATED.read_text(), flags=re.MULTILINE)
+
+
+def test_the_annotated_examples_of_devices_load_and_show_every_matcher() -> None:
+    first, heir, other = a_config(with_examples()).devices
+    assert all(getattr(first.match, matcher.name) is not None for matcher in fields(Match))
+    assert first.policy == Policy(orphaned=OnOrphan.ALERT, orphan_grace=10.0)
+    assert heir.policy == Policy(unserved=OnUnserved.RECOVER, recover=Recovery(COMMAND, user="nobody"))
+    assert other.policy.recover is not None
+    assert other.policy.recover.command[:2] == ("systemctl", "restart")
+
+
+def test_the_annotated_recovery_shows_the_defaults() -> None:
+    shown = tomllib.loads(with_examples())["policy"]["recover"]
+    for entry in fields(Recovery):
+        if entry.default is not MISSING and entry.default is not None:
+            assert entry.metadata["parse"](shown[entry.name]) == entry.default
 
 
 def test_every_key_reaches_its_record() -> None:
@@ -97,15 +129,23 @@ def test_every_key_reaches_its_record() -> None:
         orphaned = "ignore"
         orphan_grace = "0s"
         setup_grace = "1d"
-        unserved = "alert"
+        unserved = "delete"
         recovery_deadline = "2h"
         [http]
         listen = "[::1]:80"
+        [journal]
+        keep = "1h"
+        max_size = "1536KiB"
     """)
     assert config.daemon == DaemonConfig(resync_interval=90.0, command_deadline=2.0, dry_run=True)
     assert config.policy == Policy(
-        orphaned=OnOrphan.IGNORE, orphan_grace=0.0, setup_grace=86400.0, recovery_deadline=7200.0
+        orphaned=OnOrphan.IGNORE,
+        orphan_grace=0.0,
+        setup_grace=86400.0,
+        unserved=OnUnserved.DELETE,
+        recovery_deadline=7200.0,
     )
+    assert config.journal == JournalConfig(keep=3600.0, max_size=1536 * 1024)
     assert config.http.listen == Address("::1", 80)
     assert str(config.http.listen) == "[::1]:80"
 
@@ -188,10 +228,401 @@ def test_a_wrong_duration_is_explained(value: str, what: str, hint: str) -> None
         ('daemon.command_deadline = "0s"', "1s and 10m"),
         ('policy.orphan_grace = "366d"', "0s and 365d"),
         ('policy.setup_grace = "999999999999d"', "0s and 365d"),
+        ('journal.keep = "59m"', "1h and 3650d"),
+        ('journal.keep = "3651d"', "1h and 3650d"),
     ],
 )
 def test_every_duration_has_bounds(line: str, bounds: str) -> None:
     assert the_problem(line)[0].endswith(f"is not between {bounds}")
+
+
+# --- sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("512KiB", 512 << 10), ("64MiB", 64 << 20), ("10GiB", 10 << 30), ("1536KiB", 1536 << 10)]
+)
+def test_a_size_is_a_number_with_a_unit(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@given(st.integers(0, 1 << 30))
+def test_a_size_survives_being_written_and_read(kibibytes: int) -> None:
+    assert parse_size(size_text(kibibytes << 10)) == kibibytes << 10
+
+
+@given(st.text(max_size=12) | st.from_regex("-?[0-9]{1,4} ?[KMGTkmgt]?i?[Bb]?", fullmatch=True))
+def test_any_text_is_a_size_or_gets_a_hint(text: str) -> None:
+    try:
+        assert parse_size(text) >= 0
+    except WrongValueError as error:
+        what, hint = str(error), error.hint
+        assert what.isprintable()
+        assert hint.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("value", "what", "hint"),
+    [
+        ("64", "64 has no unit", 'did you mean "64MiB"?'),
+        ('"64"', '"64" has no unit', 'did you mean "64MiB"?'),
+        ("67108864", "67108864 is not a size", 'write it as "512KiB", "64MiB" or "1GiB"'),
+        ('"64MB"', '"64MB" has the unknown unit "MB"', 'did you mean "64MiB"?'),
+        ('"64M"', '"64M" has the unknown unit "M"', 'did you mean "64MiB"?'),
+        ('"1gib"', '"1gib" has the unknown unit "gib"', 'did you mean "1GiB"?'),
+        ('"64 MiB"', '"64 MiB" has the unknown unit "MiB"', 'did you mean "64MiB"?'),
+        ('"1TiB"', '"1TiB" has the unknown unit "TiB"', "the units are KiB, MiB, GiB"),
+        ("-1", "-1 is negative", "write it as"),
+        ('"-1MiB"', '"-1MiB" is negative', "write it as"),
+        ("1.5", "1.5 is not a size", "a whole number with one unit"),
+        ('"1GiB512MiB"', '"1GiB512MiB" is not a size', "a whole number with one unit"),
+        ('""', '"" is not a size', "write it as"),
+        ("true", "must be a text in quotes, not true", 'write it as "64MiB"'),
+        ('"1023KiB"', '"1023KiB" is not between 1MiB and 10GiB', 'the nearest is "1MiB"'),
+        ('"11GiB"', '"11GiB" is not between 1MiB and 10GiB', 'the nearest is "10GiB"'),
+    ],
+)
+def test_a_wrong_size_is_explained(value: str, what: str, hint: str) -> None:
+    message, told = the_problem(f"[journal]\n\nmax_size = {value}\n")
+    assert message == f"duende.toml:3: journal.max_size: {what}"
+    assert hint in told
+
+
+# --- the recovery command
+
+
+def recovering(**keys: str) -> str:
+    """A `[policy]` that recovers; its lines after the third are these keys, but for the command, which is the third."""
+    lines = {"command": '["ublk"]', **keys}
+    return 'policy.unserved = "recover"\n\n' + "".join(f"policy.recover.{k} = {v}\n" for k, v in lines.items())
+
+
+def test_every_key_of_a_recovery_reaches_its_record() -> None:
+    """In one line or as a table of its own."""
+    keys = {
+        "command": '["/usr/bin/x", "{{{server}}}"]',
+        "timeout": '"2m"',
+        "attempts": "100",
+        "backoff": '"0s"',
+        "stable": '"1d"',
+        "user": '"1000"',
+    }
+    wanted = Recovery(("/usr/bin/x", "{{{server}}}"), 120.0, 100, 0.0, 86400.0, "1000")
+    inline = f"recover = {{ {', '.join(f'{key} = {value}' for key, value in keys.items())} }}"
+    table = "\n".join(f"{key} = {value}" for key, value in keys.items())
+    for text in (f"{inline}", f"[policy.recover]\n{table}"):
+        assert a_config(f'[policy]\nunserved = "recover"\n{text}').policy.recover == wanted
+    for text in (f"{inline}", f"[device.recover]\n{table}"):
+        assert a_config(f'[[device]]\nunserved = "recover"\n{text}').devices[0].policy.recover == wanted
+
+
+def test_a_recovery_needs_no_more_than_a_command() -> None:
+    policy = a_config(f'[policy]\nunserved = "recover"\n{RECOVER}').policy
+    assert policy == Policy(unserved=OnUnserved.RECOVER, recover=Recovery(COMMAND))
+    assert Recovery(COMMAND) == Recovery(COMMAND, 30.0, 3, 1.0, 300.0, None)
+
+
+LONG = "x" * (MOST_CHARACTERS + 1)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "what", "hint"),
+    [
+        ("command", '"ublk recover"', ': must be an array of texts, not "ublk recover"', 'write it as ["ublk", "rec'),
+        ("command", "[]", ": is empty", 'write it as ["ublk", "recover", "-n", "{id}"]'),
+        ("command", '["ublk", "-n", 3]', "[2]: must be a text in quotes, not 3", 'write "3"'),
+        ("command", '["ublk", []]', "[1]: must be a text in quotes, not an array", "write the whole as ["),
+        ("command", f"{['x'] * (MOST_PARTS + 1)}", ": has 65 parts, more than 64", "into a script"),
+        ("command", f'["x", "{LONG}"]', "[1]: has 4097 characters, more than 4096", "into a script"),
+        ("command", '["x", "a\\u0000b"]', r'[1]: "a\x00b" holds a NUL, and no argument can', "remove it"),
+        ("command", '["x", "{idd}"]', '[1]: "{idd}" has the unknown placeholder "{idd}"', 'did you mean "{id}"?'),
+        ("command", '["x", "{Block-Device}"]', "unknown placeholder", 'did you mean "{block_device}"?'),
+        ("command", '["x", "{}"]', 'unknown placeholder "{}"', 'did you mean "{id}"?'),
+        ("command", '["x", "{q}w"]', 'the unknown placeholder "{q}"', "possible here: {id}, {block_device}, {char_"),
+        ("command", '["x", "{id!r}"]', 'unknown placeholder "{id!r}"', 'did you mean "{id}"?'),
+        ("command", '["x", "a}b"]', '[1]: "a}b" has a "}" that stands alone', 'write "}}"'),
+        ("command", '["x", "{id"]', '[1]: "{id" has a "{" that stands alone', 'write "{{"'),
+        ("command", '["x", "{{id}"]', 'has a "}" that stands alone', 'write "}}"'),
+        ("command", '["", "x"]', '[0]: "" is not the name of a program', 'write it as "ublk" or "/usr/bin/ublk"'),
+        ("command", '["/usr/bin/"]', '"/usr/bin/" is not the name of a program', 'write it as "ublk"'),
+        ("command", '["./ublk"]', '"./ublk" is a relative path', '"/usr/local/bin/ublk", or the bare name, "ublk"'),
+        ("command", '["bin/ublk"]', '"bin/ublk" is a relative path', 'the bare name, "ublk"'),
+        ("command", '["ublk recover"]', '"ublk recover" is more than the name', 'own: ["ublk", "recover"]'),
+        ("command", '["{id}", "x"]', '[0]: "{id}" has a placeholder in the name of the program', "arguments"),
+        ("command", '["/opt/{id}"]', '"/opt/{id}" has a placeholder in the name of the program', "arguments"),
+        ("timeout", '"999ms"', ': "999ms" is not between 1s and 1h', 'the nearest is "1s"'),
+        ("timeout", '"61m"', ': "61m" is not between 1s and 1h', 'the nearest is "1h"'),
+        ("backoff", '"61m"', ': "61m" is not between 0s and 1h', 'the nearest is "1h"'),
+        ("stable", '"0s"', ': "0s" is not between 1s and 1d', 'the nearest is "1s"'),
+        ("stable", '"25h"', ': "25h" is not between 1s and 1d', 'the nearest is "1d"'),
+        ("attempts", "0", ": 0 is not between 1 and 100", "the nearest is 1"),
+        ("attempts", "101", ": 101 is not between 1 and 100", "the nearest is 100"),
+        ("attempts", "true", ": must be a whole number, not true", "from 1 to 100, without quotes"),
+        ("attempts", '"3"', ': must be a whole number, not "3"', "from 1 to 100, without quotes"),
+        ("attempts", "3.0", ": must be a whole number, not 3.0", "from 1 to 100"),
+        ("user", "65534", ": must be a text in quotes, not 65534", 'write it as "65534"'),
+        ("user", "true", ": must be a text in quotes, not true", 'write it as "nobody"'),
+        ("user", '""', ': "" is not the name of a user', 'write it as "nobody" or "65534"'),
+        ("user", '"nobody:nogroup"', '"nobody:nogroup" is not the name of a user', '"nobody"'),
+        ("user", '"-1"', '"-1" is not the name of a user', '"nobody"'),
+        ("user", '"a\\u0000"', r'"a\x00" is not the name of a user', '"nobody"'),
+        ("user", '"4294967295"', ': "4294967295" is no user\'s number', "id -u"),
+        ("user", f'"{"9" * 5000}"', "is no user's number", "id -u"),
+        ("cmd", "[]", ": unknown key", 'did you mean "command"?'),
+        ("owner_uid", "0", ": unknown key", "it belongs to match = {"),
+    ],
+)
+def test_a_wrong_recovery_is_explained(key: str, value: str, what: str, hint: str) -> None:
+    message, told = the_problem(recovering(**{key: value}))
+    line = 3 if key == "command" else 4
+    assert message.startswith(f"duende.toml:{line}: policy.recover.{key}")
+    assert what in message
+    assert hint in told
+
+
+def test_one_attempt_is_enough_to_ask_for() -> None:
+    recover = a_config(recovering(attempts="1")).policy.recover
+    assert recover == Recovery(("ublk",), attempts=1)
+
+
+def test_the_line_of_a_wrong_part_is_its_own() -> None:
+    text = '[[device]]\nunserved = "recover"\n[device.recover]\ncommand = [\n  "x",\n  "{server}",\n  "{sever}",\n]\n'
+    assert the_problem(text)[0].startswith("duende.toml:7: device[0].recover.command[2]: ")
+
+
+def test_a_command_of_the_greatest_size_is_right() -> None:
+    command = ["/srv/a b/x", "y" * MOST_CHARACTERS, *["{id}"] * (MOST_PARTS - 3), ""]
+    recover = a_config(recovering(command=f"{command}")).policy.recover
+    assert recover is not None
+    assert recover.command == tuple(command)
+
+
+@pytest.mark.parametrize("name", ["nobody", "_x", "svc$", "a.b", r"DOM\\\\user", "émile", "0", "4294967294"])
+def test_a_user_is_a_name_or_a_number(name: str) -> None:
+    assert a_config(recovering(user=f'"{name}"')).policy.recover is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("{ timeout = '1s' }", "3: policy.recover: has no command", f"add command = {list(COMMAND)}".replace("'", '"')),
+        ("3", "3: policy.recover: must be one table, not 3", 'write it as { command = ["ublk", "recover", "-n", "{id}'),
+        ("['ublk']", "3: policy.recover: must be one table, not an array", "write it as { command = ["),
+    ],
+)
+def test_a_recovery_that_is_no_table_with_a_command_is_explained(text: str, message: str, hint: str) -> None:
+    told = the_problem(f'[policy]\nunserved = "recover"\nrecover = {text}')
+    assert told[0] == f"duende.toml:{message}"
+    assert hint in told[1]
+
+
+def test_every_mistake_of_a_recovery_is_told_at_once() -> None:
+    text = "[policy]\nunserved = 'recover'\n[policy.recover]\ncommand = 1\nattempts = 0\nuser = ''\nx = 1\n"
+    assert [problem.line for problem in problems_of(text)] == [4, 5, 6, 7]
+
+
+# --- a recovery and who uses it
+
+NO_COMMAND = '"recover", and there is no command to run'
+IDLE = "does nothing: "
+
+
+@pytest.mark.parametrize(
+    ("text", "message", "hint"),
+    [
+        ("[policy]\nunserved='recover'", f"2: policy.unserved: {NO_COMMAND}", "to [policy]"),
+        ("[[device]]\nunserved='recover'", f"2: device[0].unserved: {NO_COMMAND}", "here or to [policy]"),
+        (
+            f"[[device]]\nunserved='recover'\n[[device]]\nunserved='recover'\n{RECOVER}",
+            f"2: device[0].unserved: {NO_COMMAND}",
+            "here or to [policy]",
+        ),
+        (
+            f"[policy]\nunserved='recover'\n[[device]]\n{RECOVER}",
+            f"2: policy.unserved: {NO_COMMAND}",
+            "to [policy]",
+        ),
+        (
+            "[policy]\nunserved='recover'\n[[device]]\norphaned='alert'",
+            f"2: policy.unserved: {NO_COMMAND}",
+            "to [policy]",
+        ),
+        (
+            f"[policy]\n{RECOVER}",
+            f"2: policy.recover: {IDLE}neither [policy] nor a [[device]] without its own recover has unserved =",
+            'write unserved = "recover" where it is to run',
+        ),
+        (
+            f"[policy]\n{RECOVER}\n[[device]]\nunserved='recover'\n{RECOVER}",
+            f"2: policy.recover: {IDLE}neither",
+            'write unserved = "recover"',
+        ),
+        (
+            f"[[device]]\n{RECOVER}",
+            f'2: device[0].recover: {IDLE}unserved is "alert" for this table',
+            'write unserved = "recover" in this [[device]], or remove it',
+        ),
+        (
+            f"[[device]]\nunserved='delete'\n{RECOVER}",
+            f'3: device[0].recover: {IDLE}unserved is "delete" for this table',
+            "or remove it",
+        ),
+        (
+            f"policy={{unserved='delete'}}\n[[device]]\n\n{RECOVER}",
+            f'4: device[0].recover: {IDLE}unserved is "delete" for this table',
+            "or remove it",
+        ),
+        (
+            f"[policy]\nunserved='recover'\n{RECOVER}\n[[device]]\nunserved='alert'\n{RECOVER}",
+            f'6: device[0].recover: {IDLE}unserved is "alert" for this table',
+            "or remove it",
+        ),
+    ],
+)
+def test_a_recovery_without_a_user_or_a_user_without_a_recovery_is_explained(
+    text: str, message: str, hint: str
+) -> None:
+    told = the_problem(text)
+    assert told[0].startswith(f"duende.toml:{message}")
+    assert hint in told[1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"[policy]\nunserved='recover'\n{RECOVER}",
+        f"[policy]\nunserved='recover'\n{RECOVER}\n[[device]]\nunserved='alert'",
+        f"[policy]\nunserved='recover'\n{RECOVER}\n[[device]]\n{RECOVER}",
+        f"[policy]\n{RECOVER}\n[[device]]\nunserved='recover'",
+        f"[[device]]\nunserved='recover'\n[policy]\n{RECOVER}",
+        f"[[device]]\nunserved='recover'\n{RECOVER}",
+    ],
+)
+def test_a_recovery_that_somebody_uses_is_right(text: str) -> None:
+    a_config(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        (f"[policy]\nunserved = 'recovr'\n{RECOVER}", "policy.unserved"),
+        (f"[policy]\nunserved = []\n[[device]]\n{RECOVER}", "policy.unserved"),
+        (f"[policy]\n{RECOVER}\n[[device]]\nunserved = 'recovr'", "device[0].unserved"),
+        (f"[[device]]\nunserved = 'recovr'\n{RECOVER}", "device[0].unserved"),
+        (f"policy = 3\n[[device]]\n{RECOVER}", "policy"),
+        (f"device = 3\n[policy]\n{RECOVER}", "device"),
+        ("[policy]\nunserved = 'recover'\nrecover = {}", "policy.recover"),
+    ],
+)
+def test_nothing_is_concluded_from_what_is_a_mistake_itself(text: str, key: str) -> None:
+    (problem,) = problems_of(text)
+    assert problem.key == key
+
+
+def test_a_recovery_of_a_table_replaces_that_of_policy_as_a_whole() -> None:
+    config = a_config("""
+        [policy]
+        unserved = "recover"
+        recover = { command = ["a"], timeout = "5s", attempts = 9, user = "nobody" }
+        [[device]]
+        match.ids = "1"
+        recover = { command = ["b"], stable = "1m" }
+        [[device]]
+        match.ids = "2"
+    """)
+    assert config.policy_for(facts(1)).policy.recover == Recovery(("b",), stable=60.0)
+    assert config.policy_for(facts(2)).policy.recover == config.policy.recover
+    assert config.policy.recover == Recovery(("a",), timeout=5.0, attempts=9, user="nobody")
+
+
+def test_a_policy_has_a_recovery_only_where_it_is_run() -> None:
+    """`[policy]`'s own is inherited by tables that only alert, and may be there for a table alone."""
+    config = a_config(f"[policy]\n{RECOVER}\n[[device]]\nmatch.ids='1'\nunserved='recover'\n[[device]]\nmatch.ids='2'")
+    assert [config.policy_for(facts(dev_id)).policy.recover for dev_id in (1, 2, 3)] == [Recovery(COMMAND), None, None]
+
+
+# --- filling in
+
+VALUES = {"id": "3", "block_device": "/dev/ublkb3", "char_device": "/dev/ublkc3", "server": "/usr/bin/ublk"}
+
+
+def test_a_command_is_filled_part_by_part() -> None:
+    command = ("ublk", "-n", "{id}", "{block_device}:{char_device}", "{server}", "{{id}}", "{{{id}}}", "}}{{", "")
+    filled = ("ublk", "-n", "3", "/dev/ublkb3:/dev/ublkc3", "/usr/bin/ublk", "{id}", "{3}", "}{", "")
+    assert fill(command, VALUES) == filled
+
+
+def test_what_is_filled_in_stays_one_part_and_is_not_filled_again() -> None:
+    hostile = "/opt/{id} x; rm -rf {{}} \\1 \n"
+    assert fill(("x", "{server}"), {**VALUES, "server": hostile}) == ("x", hostile)
+
+
+def test_a_value_that_is_not_known_is_named() -> None:
+    for values in ({**VALUES, "server": None}, {"id": "3"}):
+        with pytest.raises(UnfilledError, match=r"what \{server\} stands for is not known") as caught:
+            fill(("x", "{id}", "{server}"), values)
+        assert caught.value.placeholder == "server"
+        assert isinstance(caught.value, ValueError)
+        assert isinstance(caught.value, DuendeError)
+        assert "{server}" in caught.value.hint
+        assert fill(("x", "{id}", "{{server}}"), values) == ("x", "3", "{server}"), "nobody asked for it"
+
+
+PARTS = st.lists(st.sampled_from(["{", "}", "{{", "}}", *(f"{{{name}}}" for name in PLACEHOLDERS), "id", "x", "{no}"]))
+
+
+@given(st.lists(PARTS.map("".join), max_size=4))
+def test_every_command_that_loads_can_be_filled(parts: list[str]) -> None:
+    """And in its parts no sign of a template is left but those that stand for themselves."""
+    text = recovering(command=f"{['x', *parts]}")
+    try:
+        policy = a_config(text).policy
+    except InvalidConfigError:
+        return
+    assert policy.recover is not None
+    values = dict.fromkeys(PLACEHOLDERS, "v")
+    for part, filled in zip(parts, fill(policy.recover.command, values)[1:], strict=True):
+        assert filled == part.format(**values), "Python's own templates agree on this much"
+
+
+# --- flags
+
+
+@pytest.mark.parametrize(
+    ("names", "wanted"),
+    [
+        ('["USER_RECOVERY"]', FlagMatch(Feature.USER_RECOVERY, 0)),
+        ('["ublk_f_user_recovery"]', FlagMatch(Feature.USER_RECOVERY, 0)),
+        ('["!UBLK_F_Zoned", "QUIESCE", "!user_copy"]', FlagMatch(Feature.QUIESCE, Feature.ZONED | Feature.USER_COPY)),
+    ],
+)
+def test_flags_are_read_in_every_way_that_people_write_them(names: str, wanted: FlagMatch) -> None:
+    (rule,) = a_config(f"[[device]]\nmatch.flags = {names}").devices
+    assert rule.match.flags == wanted
+
+
+@pytest.mark.parametrize(
+    ("value", "what", "hint"),
+    [
+        ('"ZONED"', 'flags: must be an array of texts, not "ZONED"', '["USER_RECOVERY", "!UNPRIVILEGED_DEV"]'),
+        ("[]", "flags: is empty", '["USER_RECOVERY", "!UNPRIVILEGED_DEV"]'),
+        ("[8]", "flags[0]: must be a text in quotes, not 8", 'write "8"'),
+        ('["user-recovry"]', 'flags[0]: "user-recovry" is no flag of a ublk device', 'did you mean "USER_RECOVERY"?'),
+        ('["ZONED", "!quiesced"]', 'flags[1]: "quiesced" is no flag of a ublk device', 'did you mean "!QUIESCE"?'),
+        ('["UBLK_F_SONED"]', '"UBLK_F_SONED" is no flag', 'did you mean "ZONED"?'),
+        ('["q"]', '"q" is no flag of a ublk device', "possible here: SUPPORT_ZERO_COPY, "),
+        ('[""]', '"" is no flag of a ublk device', "possible here: SUPPORT_ZERO_COPY, "),
+        ('["ZONED", "zoned"]', 'flags[1]: "ZONED" stands here twice', "remove one"),
+        ('["!ZONED", "!zoned"]', 'flags[1]: "ZONED" stands here twice', "remove one"),
+        ('["ZONED", "!ZONED"]', 'flags[1]: "ZONED" is to be set and not to be set', "remove one"),
+        ('["!ZONED", "ZONED"]', 'flags[1]: "ZONED" is to be set and not to be set', "remove one"),
+    ],
+)
+def test_wrong_flags_are_explained(value: str, what: str, hint: str) -> None:
+    message, told = the_problem(f"[[device]]\n\nmatch.flags = {value}")
+    assert message.startswith("duende.toml:3: device[0].match.flags")
+    assert what in message
+    assert hint in told
 
 
 # --- other wrong values
@@ -206,9 +637,12 @@ def test_every_duration_has_bounds(line: str, bounds: str) -> None:
         ('policy.orphaned = "nuke"', '"nuke" is not one of', "possible here: delete, alert, ignore"),
         ("policy.orphaned = true", "must be a text in quotes, not true", 'write it as "delete"'),
         ("policy.orphaned = 1979-05-27", "must be a text in quotes, not a date or time", 'write it as "delete"'),
-        ('policy.unserved = "delete"', '"delete": this version can only alert', 'write unserved = "alert"'),
-        ('policy.unserved = "recover"', '"recover": this version can only alert', 'write unserved = "alert"'),
-        ('policy.unserved = "alrt"', '"alrt" is not one of alert', 'did you mean "alert"?'),
+        ('policy.unserved = "alrt"', '"alrt" is not one of alert, recover, delete', 'did you mean "alert"?'),
+        (
+            'policy.unserved = "restart"',
+            '"restart" is not one of alert, recover, delete',
+            "possible here: alert, recover",
+        ),
         ('http.listen = "off"', '"off" is not ADDRESS:PORT', 'did you mean listen = ""?'),
         ('http.listen = "10116"', "is not ADDRESS:PORT", 'did you mean "127.0.0.1:10116"?'),
         ('http.listen = ":80"', "is not ADDRESS:PORT", 'did you mean "127.0.0.1:80"?'),
@@ -259,8 +693,10 @@ def test_a_wrong_value_is_explained(line: str, what: str, hint: str) -> None:
         ("[[device]]\n\nids = '1'", "3: device[0].ids: unknown key", "it belongs to match = {"),
         ("[[device]]\n[device.match]\nsrver = 'x'", "3: device[0].match.srver: unknown key", '"server"?'),
         ("[[alert]]\nsink = 'mail'", "1: alert: this version writes alerts to the log only", "remove [[alert]]"),
-        ("[[device]]\nrecover = {}", "2: device[0].recover: this version cannot run a recovery", "remove"),
-        ("[policy]\nrecover = {}", "2: policy.recover: this version cannot run a recovery", "remove"),
+        ("[[device]]\nflags = ['ZONED']", "2: device[0].flags: unknown key", "it belongs to match = {"),
+        ("[policy]\ncommand = ['x']", "2: policy.command: unknown key", "it belongs to recover = {"),
+        ("[daemon]\nrecover = {}", "2: daemon.recover: unknown key", "it belongs to [policy] or [[device]]"),
+        ("[daemon]\nmax_size = '1MiB'", "2: daemon.max_size: unknown key", "it belongs to [journal]"),
         ("daemon = 3", "1: daemon: must be one table, not 3", "write [daemon]"),
         ("[[policy]]", "1: policy: must be one table, not an array", "write [policy]"),
         ("[device]\norphaned = 'alert'", "1: device: must be tables of the form [[device]]", "write [[device]]"),
@@ -437,6 +873,31 @@ def test_an_owner_is_matched_by_number() -> None:
     assert said == [True, False, None]
 
 
+@pytest.mark.parametrize(
+    ("flags", "matched"),
+    [
+        (Feature.USER_RECOVERY, True),
+        (Feature.USER_RECOVERY | Feature.ZONED, True),
+        (Feature.USER_RECOVERY | Feature.UNPRIVILEGED_DEV, False),
+        (Feature.ZONED, False),
+        (0, False),
+        (None, None),
+    ],
+)
+def test_flags_match_when_all_are_as_they_are_wanted(flags: int | None, *, matched: bool | None) -> None:
+    match = Match(flags=FlagMatch(Feature.USER_RECOVERY, Feature.UNPRIVILEGED_DEV))
+    assert match.answers(facts(flags=flags)) == {"flags": matched}
+
+
+def test_every_wanted_flag_has_to_be_set() -> None:
+    match = Match(flags=FlagMatch(Feature.USER_RECOVERY | Feature.ZONED))
+    assert match.answers(facts(flags=Feature.ZONED)) == {"flags": False}
+
+
+def test_a_number_that_is_not_known_is_doubt() -> None:
+    assert Match(ids=(range(4),)).answers(DeviceFacts(None)) == {"ids": None}
+
+
 def test_every_matcher_of_a_table_has_to_agree() -> None:
     config = rules('match = { ids = "3", server = "ublk", owner_uid = 7 }\norphaned = "alert"')
     assert config.policy_for(facts(3, owner_uid=7)).reason == "first match, by ids, server, owner_uid"
@@ -467,6 +928,27 @@ def test_where_tables_differ_somebody_is_told() -> None:
     assert config.policy_for(DeviceFacts(3)).policy.orphaned is OnOrphan.ALERT
 
 
+def test_where_tables_differ_on_what_is_unserved_somebody_is_told() -> None:
+    config = rules('match.server = "x"\nunserved = "delete"')
+    assert config.policy_for(DeviceFacts(3)).policy.unserved is OnUnserved.ALERT
+    assert config.policy_for(facts(comm="x")).policy.unserved is OnUnserved.DELETE
+
+
+def test_what_all_tables_that_may_apply_do_is_done() -> None:
+    config = rules('match.server = "x"\nrecovery_deadline = "5m"', policy=f'unserved = "recover"\n{RECOVER}')
+    policy = Policy(unserved=OnUnserved.RECOVER, recovery_deadline=300.0, recover=Recovery(COMMAND))
+    assert config.policy_for(DeviceFacts(3)).policy == policy
+    config = rules('match.server = "x"', policy='unserved = "delete"')
+    assert config.policy_for(DeviceFacts(3)).policy.unserved is OnUnserved.DELETE
+
+
+def test_where_tables_run_different_commands_none_is_run() -> None:
+    other = 'match.server = "x"\nrecover = { command = ["ublk", "recover", "-n", "{id}"], user = "nobody" }'
+    config = rules(other, policy=f'unserved = "recover"\n{RECOVER}')
+    assert config.policy_for(DeviceFacts(3)).policy == Policy()
+    assert config.policy_for(facts()).policy.recover == Recovery(COMMAND)
+
+
 def test_a_doubt_about_a_table_behind_the_first_match_does_not_matter() -> None:
     config = rules('match.ids = "3"', 'match.server = "x"\norphaned = "alert"')
     assert config.policy_for(DeviceFacts(3)).policy.orphaned is OnOrphan.DELETE
@@ -479,9 +961,17 @@ MATCHES = st.builds(
     server=st.none() | NAMES,
     unit=st.none() | st.sampled_from(["a.service", "*.scope"]),
     owner_uid=st.none() | st.integers(0, 1),
+    flags=st.none() | st.sampled_from([FlagMatch(8), FlagMatch(8, 32), FlagMatch(0, 8)]),
 )
+DEEDS = [
+    (OnUnserved.ALERT, None),
+    (OnUnserved.DELETE, None),
+    (OnUnserved.RECOVER, Recovery(("a",))),
+    (OnUnserved.RECOVER, Recovery(("b",))),
+]
 POLICIES = st.builds(
-    Policy,
+    lambda deed, **others: Policy(unserved=deed[0], recover=deed[1], **others),
+    st.sampled_from(DEEDS),
     orphaned=st.sampled_from(OnOrphan),
     orphan_grace=st.integers(0, 9).map(float),
     setup_grace=st.integers(0, 9).map(float),
@@ -498,11 +988,13 @@ WHOLE_FACTS = st.builds(
     unit=st.sampled_from(["c.service", "a.service", "b.scope"]),
     owner_uid=st.integers(0, 2),
     server_known=st.just(True),
+    flags=st.sampled_from([0, 8, 32, 40]),
 )
+LOSSES = ["dev_id", "comm", "exe", "unit", "owner_uid", "flags", "server", "end of comm"]
 
 
 @settings(deadline=None)  # a busy machine is no mistake
-@given(CONFIGS, WHOLE_FACTS, st.sets(st.sampled_from(["comm", "exe", "unit", "owner_uid", "server", "end of comm"])))
+@given(CONFIGS, WHOLE_FACTS, st.sets(st.sampled_from(LOSSES)))
 def test_a_missing_fact_never_makes_a_policy_less_careful(config: Config, whole: DeviceFacts, lost: set[str]) -> None:
     hidden: dict[str, Any] = dict.fromkeys(lost - {"server", "end of comm"})
     if "server" in lost:
@@ -512,6 +1004,9 @@ def test_a_missing_fact_never_makes_a_policy_less_careful(config: Config, whole:
     with_less, with_all = config.policy_for(replace(whole, **hidden)).policy, config.policy_for(whole).policy
     if with_less.orphaned is OnOrphan.DELETE:
         assert with_all.orphaned is OnOrphan.DELETE
+    if with_less.unserved is not OnUnserved.ALERT:
+        assert (with_less.unserved, with_less.recover) == (with_all.unserved, with_all.recover)
+    assert (with_less.unserved is OnUnserved.RECOVER) is (with_less.recover is not None)
     assert with_less.orphan_grace >= with_all.orphan_grace
     assert with_less.setup_grace >= with_all.setup_grace
     assert with_less.recovery_deadline >= with_all.recovery_deadline
@@ -639,12 +1134,16 @@ dry_run = false
 [policy]
 orphaned = 'delete'
 [[device]]
-match = { ids = "0-15,20", server = "ublk.loop", unit = "swap-*.service", owner_uid = 0 }
+match = { ids = "0-15,20", server = "ublk.loop", unit = "swap-*.service", owner_uid = 0, flags = ["!ZONED", "QUIESCE"] }
 orphan_grace = "10s"
 [[device]]
-unserved = "alert"
+unserved = "recover"
+recover = { command = ["ublk", "-n", "{id}", "{{"], timeout = "30s", attempts = 3, user = "nobody" }
 [http]
 listen = "[::1]:10116"
+[journal]
+keep = "90d"
+max_size = "64MiB"
 """
 PIECES = [
     *(bytes([sign]) for sign in b"[]{}=.,\"'#\n\r\x00\\-_09a \t\xef"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -19,6 +21,7 @@ from duende_ublkd.core.model import (
     Verdict,
     VerdictKind,
 )
+from duende_ublkd.core.trail import Trail
 
 FIRST, SECOND, NONE = Identity(14_628, (240, 3)), Identity(14_796, (240, 3)), Identity(None)
 DISK = Disk((259, 0), 7, ((259, 1),))
@@ -185,3 +188,133 @@ def test_notes_about_an_id_that_is_free_are_dropped() -> None:
     assert 3 in ledger
     assert ledger.forget(3)
     assert ledger.get(3) is None
+
+
+# --- what a former daemon knew ----------------------------------------------------------------------------------------
+
+
+QUIESCED = a_look(20, state=KernelState.QUIESCED, disk=DISK)
+TRIED = Trail(attempts=2, not_before=70.0, trouble="exit 1")
+
+
+def a_former_ledger(trail: Trail = TRIED) -> Ledger:
+    """Of a device that was served, died at 20 and is waiting."""
+    ledger = Ledger()
+    ledger.record(live(10))
+    ledger.record(QUIESCED)
+    ledger.note_death(3, 21)
+    ledger.note_trail(3, trail)
+    ledger.note_verdict(3, Verdict(VerdictKind.UNSERVED, "waits"), 20)
+    return ledger
+
+
+def written(ledger: Ledger) -> Any:  # noqa: ANN401 - JSON
+    return json.loads(json.dumps(ledger.to_record(3), allow_nan=False))
+
+
+def remembering(record: Any, look: Observation) -> History:  # noqa: ANN401 - JSON
+    ledger = Ledger()
+    ledger.remember(3, record)
+    assert ledger.ids() == (3,)
+    assert 3 not in ledger
+    assert ledger.get(3) is None
+    return ledger.record(look)
+
+
+def test_what_was_known_of_an_instance_goes_on_after_a_restart() -> None:
+    former = a_former_ledger()
+    history = remembering(written(former), replace(QUIESCED, at=50, server=None))
+    before = former.get(3)
+    assert before
+    assert (history.first_seen, history.phase_since, history.death_seen) == (10, 20, 20)
+    assert (history.server, history.disk_rdevs, history.was_live) == (SERVER, RDEVS, True)
+    assert (history.server_died, history.trail, history.phase) == (True, TRIED, before.phase)
+    assert (history.verdict and history.verdict.kind, history.verdict_since) == (VerdictKind.UNSERVED, 20)
+    assert (history.last_seen, history.watched_since, history.identity) == (50, 50, FIRST)
+
+
+def test_what_has_to_be_watched_without_a_break_begins_anew_after_a_restart() -> None:
+    ledger = Ledger()
+    ledger.record(live(10))
+    ledger.record(a_look(20))
+    history = remembering(written(ledger), a_look(50, age=45))
+    assert (history.phase_since, history.watched_since) == (20, 50)
+    assert (history.seen_idle_since, history.idle_since) == (50, 5)
+    assert remembering(written(ledger), a_look(50)).idle_since == 50
+
+
+def test_a_state_that_changed_while_no_daemon_ran_is_as_old_as_its_first_look() -> None:
+    history = remembering(written(a_former_ledger()), a_look(50))
+    assert history.phase_since == 50
+    assert history.was_live
+
+
+@pytest.mark.parametrize("identity", [SECOND, NONE], ids=["another instance", "deleted"])
+def test_nothing_is_remembered_of_another_instance_or_of_one_that_cannot_be_told(identity: Identity) -> None:
+    look = a_look(50, identity=identity)
+    assert remembering(written(a_former_ledger()), look) == after(look)
+
+
+def test_nothing_is_remembered_by_a_record_without_an_instance() -> None:
+    record = written(a_former_ledger()) | {"instance": None}
+    assert remembering(record, a_look(50, identity=NONE)) == after(a_look(50, identity=NONE))
+
+
+def test_what_is_remembered_is_used_once_and_dropped_when_the_id_is_free() -> None:
+    ledger = Ledger()
+    ledger.remember(3, written(a_former_ledger()))
+    assert ledger.forget(3) is None
+    assert ledger.ids() == ()
+    assert ledger.record(QUIESCED) == after(QUIESCED)
+    ledger.remember(3, written(a_former_ledger()))
+    assert ledger.record(a_look(60, identity=SECOND)) == after(a_look(60, identity=SECOND))
+    assert ledger.record(replace(QUIESCED, at=70)).trail == Trail()
+
+
+def test_an_attempt_that_was_under_way_is_abandoned() -> None:
+    history = remembering(written(a_former_ledger(TRIED.begun(60.0, 30.0))), replace(QUIESCED, at=65))
+    assert (history.trail.is_running, history.trail.attempts, history.trail.not_before) == (False, 3, 90.0)
+
+
+def test_a_device_that_nobody_knows_has_no_record() -> None:
+    assert Ledger().to_record(3) is None
+
+
+def test_a_record_that_was_remembered_says_the_same_when_it_is_written_again() -> None:
+    record = written(a_former_ledger())
+    ledger = Ledger()
+    ledger.remember(3, record)
+    ledger.record(replace(QUIESCED, at=50))
+    assert written(ledger) == record
+
+
+RECORD = written(a_former_ledger())
+BROKEN: dict[str, Any] = {
+    "not an object": [1, 2],
+    "nothing": None,
+    **{f"without {key}": {name: value for name, value in RECORD.items() if name != key} for key in RECORD},
+    "half a number of a node": RECORD | {"char_rdev": [240]},
+    "a disk of one number": RECORD | {"disk_rdevs": [[259]]},
+    "a disk without numbers": RECORD | {"disk_rdevs": [["a", "b"]]},
+    "an endless number": RECORD | {"disk_rdevs": [[float("inf"), 0]]},
+    "a phase that is a number": RECORD | {"phase": 7},
+    "a time that is a text": RECORD | {"phase_since": "long ago"},
+    "a verdict of tomorrow": RECORD | {"verdict": "haunted"},
+    "a server that is a text": RECORD | {"server": "ublk.loop"},
+    "a server with a beard": RECORD | {"server": {**RECORD["server"], "beard": "long"}},
+    "a trail that is a number": RECORD | {"trail": 3},
+    "a trail with an unknown word": RECORD | {"trail": {**RECORD["trail"], "luck": 1}},
+    "a trail of many attempts": RECORD | {"trail": {**RECORD["trail"], "attempts": "many"}},
+    "a trail that began once": RECORD | {"trail": {**RECORD["trail"], "began": "once"}},
+    "a trail that waits for nothing": RECORD | {"trail": {**RECORD["trail"], "not_before": None}},
+    "a trail that waits for ever": RECORD | {"trail": {**RECORD["trail"], "not_before": float("inf")}},
+    "a time that is no number": RECORD | {"phase_since": float("nan")},
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_record_is_refused_and_nothing_of_it_is_remembered(name: str) -> None:
+    ledger = Ledger()
+    with pytest.raises(ValueError, match="not a record of a device"):
+        ledger.remember(3, BROKEN[name])
+    assert ledger.ids() == ()

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 from duende_ublkd.core import policy
-from duende_ublkd.core.config import OnOrphan, Policy
+from duende_ublkd.core.config import OnOrphan, OnUnserved, Policy, Recovery
+from duende_ublkd.core.holds import Hold
 from duende_ublkd.core.ledger import History, Overdue
 from duende_ublkd.core.model import (
     Action,
@@ -26,6 +27,7 @@ from duende_ublkd.core.model import (
     VerdictKind,
 )
 from duende_ublkd.core.policy import Traits
+from duende_ublkd.core.trail import NO_TRAIL, Trail
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,6 +69,9 @@ class Case:
     watched_for: float | None = 100.0
     overdue: bool = False
     paused_for: float = 0.0
+    daemon_for: float = 3600.0  # since this daemon's first look
+    trail: Trail = NO_TRAIL
+    hold: Hold | None = None
     policy: Policy = DEFAULT
     traits: Traits = MODERN
 
@@ -100,16 +105,25 @@ class Case:
             overdue=Overdue("DEL_DEV_ASYNC", NOW - 11) if self.overdue else None,
             paused_until=NOW + self.paused_for,
             pause_reason="deleting it failed: DEL_DEV_ASYNC on ublk3: input/output error" if self.paused_for else "",
+            watched_since=NOW - self.daemon_for,
+            trail=self.trail,
         )
 
     def verdict(self, later: float = 0.0) -> Verdict:
-        return policy.decide(self.seen(), self.history(), self.policy, self.traits, NOW + later)
+        return policy.decide(self.seen(), self.history(), self.policy, self.traits, NOW + later, self.hold)
 
 
 LIVE_CASE = Case(state=LIVE, disk=DISK, server=ALIVE, usage=None, idle_for=None, watched_for=None)
 ADDED = Case(seen_live=False, idle_for=1.0, watched_for=1.0, phase_for=1.0)
 UNSERVED = Case(state=QUIESCED, disk=DISK, phase_for=1.0, idle_for=None, watched_for=None)
 KEEPS = Policy(orphaned=OnOrphan.ALERT)
+RULE = Recovery(("bring-back", "{id}"))
+RECOVERS = Policy(unserved=OnUnserved.RECOVER, recover=RULE)
+GIVES_UP = Policy(unserved=OnUnserved.DELETE)
+LATE = replace(UNSERVED, phase_for=61.0, usage=NOBODY)
+TO_RECOVER = replace(LATE, policy=RECOVERS)
+TO_GIVE_UP = replace(LATE, policy=GIVES_UP)
+HOLD = Hold(3, NOW - 60, NOW + 540, 0, "upgrade")
 
 # case, verdict, action, what the sentence names
 TRUTH = {
@@ -133,6 +147,49 @@ TRUTH = {
     "fails I/O": (replace(UNSERVED, state=FAIL_IO), "unserved", "none", "its I/O fails"),
     "unserved, held": (replace(UNSERVED, usage=MOUNTED), "unserved", "none", "mount /srv"),
     "unserved too long": (replace(UNSERVED, phase_for=61.0), "unserved", "alert", "over 60 s"),
+    "unserved too long, held": (replace(LATE, usage=MOUNTED), "unserved", "alert", "held by mount /srv"),
+    "to be recovered soon": (replace(TO_RECOVER, phase_for=59.0), "unserved", "none", "60 s to be recovered in"),
+    "to be recovered": (TO_RECOVER, "unserved", "recover", "attempt 1 of 3"),
+    "held, to be recovered": (replace(TO_RECOVER, usage=MOUNTED), "unserved", "recover", "attempt 1 of 3"),
+    "taken, to be recovered": (replace(TO_RECOVER, usage=OPEN), "recovering", "none", "has taken its char device"),
+    "recovery runs": (
+        replace(TO_RECOVER, trail=NO_TRAIL.begun(NOW - 5, 30)),
+        "recovering",
+        "none",
+        "the recovery command (attempt 1 of 3) runs for 5 s",
+    ),
+    "recovery failed": (
+        replace(TO_RECOVER, trail=Trail(1, not_before=NOW + 2, trouble="exit 1")),
+        "unserved",
+        "none",
+        "attempt 1 of 3: exit 1",
+    ),
+    "recovered in vain": (replace(TO_RECOVER, trail=Trail(1, not_before=NOW + 2)), "unserved", "none", "not for long"),
+    "recovery again": (replace(TO_RECOVER, trail=Trail(1, not_before=NOW)), "unserved", "recover", "attempt 2 of 3"),
+    "recovery given up": (
+        replace(TO_RECOVER, trail=Trail(3, trouble="exit 1")),
+        "unserved",
+        "alert",
+        "recovery given up after 3 attempts: exit 1",
+    ),
+    "no command": (replace(LATE, policy=replace(RECOVERS, recover=None)), "unserved", "alert", "for over 60 s"),
+    "to be given up": (TO_GIVE_UP, "unserved", "delete", "nothing holds its disk"),
+    "to be given up soon": (replace(TO_GIVE_UP, phase_for=59.0), "unserved", "none", "60 s to be recovered in"),
+    "given up, held": (replace(TO_GIVE_UP, usage=MOUNTED), "unserved", "alert", "mount /srv (ext4), so it is not"),
+    "given up, open": (replace(TO_GIVE_UP, usage=OPEN), "recovering", "none", "has taken its char device"),
+    "given up, unsure": (replace(TO_GIVE_UP, usage=SWEPT_IN_PART), "unserved", "alert", "not everybody"),
+    "given up, not looked": (replace(TO_GIVE_UP, usage=None), "unserved", "alert", "nobody looked who holds it"),
+    "given up, new daemon": (replace(TO_GIVE_UP, daemon_for=59.0), "unserved", "none", "not watched it for its whole"),
+    "given up, refused": (replace(TO_GIVE_UP, paused_for=4.0), "unserved", "alert", "input/output error"),
+    "given up, overdue": (replace(TO_GIVE_UP, overdue=True), "wedged", "alert", "has not answered"),
+    "orphan on hold": (Case(hold=HOLD), "orphaned", "none", "on hold for 9 min more by root (upgrade)"),
+    "held on hold": (Case(usage=MOUNTED, hold=HOLD), "pinned", "none", "on hold for 9 min"),
+    "to be recovered on hold": (replace(TO_RECOVER, hold=HOLD), "unserved", "none", "on hold for 9 min"),
+    "to be given up on hold": (replace(TO_GIVE_UP, hold=HOLD), "unserved", "none", "on hold for 9 min"),
+    "unserved on hold": (replace(LATE, hold=HOLD), "unserved", "none", "on hold for 9 min"),
+    "wedged on hold": (Case(overdue=True, hold=HOLD), "wedged", "alert", "on hold for 9 min"),
+    "unknown on hold": (Case(state=7, hold=replace(HOLD, uid=1000, why="")), "unknown", "alert", "more by uid 1000"),
+    "served on hold": (replace(LIVE_CASE, hold=HOLD), "live", "none", "on hold for 9 min"),
     "taken over": (replace(UNSERVED, usage=OPEN), "recovering", "none", "4122 (worker) has taken its char device"),
     "quiesced, stopped": (replace(UNSERVED, disk=None), "closing", "none", "being stopped"),
     "stray QUIESCED": (replace(UNSERVED, disk=None, seen_live=False), "unknown", "alert", "stray state"),
@@ -184,6 +241,14 @@ def test_the_table_has_every_verdict() -> None:
 # --- every combination ------------------------------------------------------------------------------------------------
 
 
+TRAILS = (
+    NO_TRAIL.begun(NOW - 5, 30),
+    Trail(1, not_before=NOW + 2, trouble="exit 1"),
+    Trail(2, not_before=NOW - 2),
+    Trail(3, trouble="exit 1"),
+)
+
+
 def everything() -> Iterator[Case]:
     """Some hundred thousand devices, most of which no kernel would show."""
     times = ((None, None), (0.1, 0.1), (0.5, 0.5), (59.9, 59.9), (60.0, 0.1), (60.0, 0.5), (3600.0, 3600.0))
@@ -205,39 +270,113 @@ def everything() -> Iterator[Case]:
             yield replace(case, policy=Policy(setup_grace=0.0, orphan_grace=0.0), phase_for=0.0)
             yield replace(case, traits=OLD)
             yield replace(case, unprivileged=True, traits=Traits(delete_can_be_cancelled=False))
+            yield replace(case, hold=HOLD)
+        if server is None and state in (QUIESCED, FAIL_IO):
+            yield replace(case, policy=RECOVERS)
+            yield replace(case, policy=RECOVERS, phase_for=59.0)
+            yield replace(case, policy=RECOVERS, hold=HOLD)
+            for trail in TRAILS:
+                yield replace(case, policy=RECOVERS, trail=trail)
+                yield replace(case, policy=GIVES_UP, trail=trail)
+            for phase_for, daemon_for in itertools.product((59.9, 60.0, 3600.0), repeat=2):
+                yield replace(case, policy=GIVES_UP, phase_for=phase_for, daemon_for=daemon_for)
+            yield replace(case, policy=GIVES_UP, paused_for=1.0)
+            yield replace(case, policy=GIVES_UP, overdue=True)
+            yield replace(case, policy=GIVES_UP, hold=HOLD)
 
 
 def why_hands_off(case: Case) -> list[str]:
     """The promise, in other words than the policy's: each reason alone is enough."""
-    grace = case.policy
-    needed = 0.0 if case.seen_live else grace.setup_grace
-    cannot_wait = not case.traits.delete_can_be_cancelled and (case.unprivileged or not case.traits.async_delete)
     usage = case.usage or Usage()
     reasons = {
-        "not DEAD": case.state != DEAD,
-        "has a disk": case.disk is not None,
         "no sysfs entry": not case.listed,
-        "no node": not case.node,
         "nobody looked": case.usage is None,
         "open": bool(usage.char_openers),
-        "not watched": case.watched_for is None or case.watched_for < grace.orphan_grace,
-        "grace not over": case.idle_for is None or case.idle_for < needed,
         "overdue": case.overdue,
         "paused": case.paused_for > 0,
-        "not wanted": grace.orphaned is not OnOrphan.DELETE,
-        "would block": cannot_wait and (bool(usage.holders) or not usage.complete),
+        "on hold": case.hold is not None,
+        **(_why_not_given_up(case, usage) if case.state in (QUIESCED, FAIL_IO) else _why_not_deleted(case, usage)),
     }
     return [reason for reason, so in reasons.items() if so]
 
 
+def _why_not_deleted(case: Case, usage: Usage) -> dict[str, bool]:
+    grace = case.policy
+    needed = 0.0 if case.seen_live else grace.setup_grace
+    cannot_wait = not case.traits.delete_can_be_cancelled and (case.unprivileged or not case.traits.async_delete)
+    return {
+        "not DEAD": case.state != DEAD,
+        "has a disk": case.disk is not None,
+        "no node": not case.node,
+        "not watched": case.watched_for is None or case.watched_for < grace.orphan_grace,
+        "grace not over": case.idle_for is None or case.idle_for < needed,
+        "not wanted": grace.orphaned is not OnOrphan.DELETE,
+        "would block": cannot_wait and (bool(usage.holders) or not usage.complete),
+    }
+
+
+def _why_not_given_up(case: Case, usage: Usage) -> dict[str, bool]:
+    """Of a device that waits for a server: it would be stopped."""
+    deadline = case.policy.recovery_deadline
+    return {
+        "no disk": case.disk is None,
+        "held": bool(usage.holders),
+        "not everybody seen": not usage.complete,
+        "may still be recovered": case.phase_for < deadline,
+        "not watched": case.daemon_for < deadline,
+        "not wanted": case.policy.unserved is not OnUnserved.DELETE,
+        "being recovered": case.trail.is_running,
+    }
+
+
 def test_no_device_that_is_served_or_held_open_is_ever_deleted() -> None:
     """Time alone never outweighs a server, whatever the kernel's state; and what is left is deleted."""
-    deleted = 0
+    deleted, given_up = 0, 0
     for case in everything():
+        if not case.listed and case.state in (QUIESCED, FAIL_IO):
+            continue  # no kernel shows it: deleting comes after stopping
         reasons = why_hands_off(case)
         assert (case.verdict().action is Action.DELETE) == (not reasons), (case, reasons)
         deleted += not reasons
+        given_up += not reasons and case.state != DEAD
     assert deleted > 100
+    assert given_up > 100
+
+
+def test_a_command_runs_only_for_a_device_that_waits_for_a_server_and_that_nobody_has_taken() -> None:
+    commands = 0
+    for case in everything():
+        if case.verdict().action is Action.RECOVER:
+            commands += 1
+            assert case.state in (QUIESCED, FAIL_IO)
+            assert case.disk
+            assert case.policy.unserved is OnUnserved.RECOVER
+            assert case.phase_for >= case.policy.recovery_deadline
+            assert not (case.usage and case.usage.char_openers)
+            assert not any((case.overdue, case.hold, case.trail.is_running))
+            assert case.trail.attempts < RULE.attempts
+            assert case.trail.not_before <= NOW
+    assert commands > 100
+
+
+def test_every_verdict_names_a_rule_of_the_table_and_every_rule_of_the_table_is_somebodys() -> None:
+    cases = itertools.chain(everything(), (case for case, *_ in TRUTH.values()))
+    assert {case.verdict().rule for case in cases} == policy.WHAT_WOULD_CHANGE_IT.keys()
+
+
+def test_every_rule_is_in_the_truth_table() -> None:
+    assert {case.verdict().rule for case, *_ in TRUTH.values()} == policy.WHAT_WOULD_CHANGE_IT.keys()
+
+
+def test_a_hold_changes_what_is_done_and_never_what_a_device_is() -> None:
+    for case in everything():
+        if case.hold is None:
+            without, on_hold = case.verdict(), replace(case, hold=HOLD).verdict()
+            assert on_hold.kind is without.kind, case
+            assert on_hold.action in (Action.NONE, Action.ALERT), case
+            if on_hold.action is not without.action:
+                assert on_hold.look_again_in == pytest.approx(HOLD.until - NOW), case
+                assert on_hold.then, case
 
 
 def test_every_verdict_is_a_sentence_and_nothing_is_looked_at_again_at_once() -> None:

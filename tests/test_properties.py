@@ -1,9 +1,14 @@
-"""Any history whatever of devices, servers, holders and daemons: nothing in use is deleted, and no orphan stays."""
+"""Any history whatever of devices, servers, holders, holds and daemons: nothing in use is deleted, no orphan stays.
+
+The fake kernel takes down whatever speaks against a deed: a server, a holder, a deadline or a hold that is not over, a
+recovery command for a device that is served, two of them at once for one device.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +16,13 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from duende_ublkd.core.config import Config
+from duende_ublkd.core.config import Config, OnUnserved, Policy, Recovery
 from duende_ublkd.core.errors import BusyError
+from duende_ublkd.core.holds import Hold
 from duende_ublkd.core.model import Feature, Holder, Judged, KernelState, PassReport
 from duende_ublkd.core.policy import Traits
 from duende_ublkd.reconcile import Agenda, Reconciler
-from tests.fake_kernel import FakeKernel, Fault, Instance, VirtualLoop
+from tests.fake_kernel import FakeCommand, FakeKernel, Fault, Instance, VirtualLoop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +38,8 @@ PLAIN = 0
 QUEUEING = int(Feature.USER_RECOVERY)
 FAILING = int(Feature.USER_RECOVERY | Feature.USER_RECOVERY_FAIL_IO)
 UNPRIVILEGED = int(Feature.UNPRIVILEGED_DEV)
+DEADLINE = 5.0  # for a new server
+RULE = Recovery(("bring-back", "{id}"), timeout=8.0, attempts=3, backoff=0.5, stable=60.0)
 which = st.integers(min_value=0, max_value=5)
 
 
@@ -48,12 +56,37 @@ class Silent:
 class Daemon:
     """One life of the daemon's loop, without its pages and signals."""
 
-    def __init__(self, loop: VirtualLoop, kernel: FakeKernel) -> None:
+    def __init__(self, loop: VirtualLoop, kernel: FakeKernel, former: Daemon | None = None) -> None:
+        """`former`: whose configuration, holds and records it goes on with."""
         self._agenda = Agenda(loop)
         self._reconciler = Reconciler(kernel, Config(), Silent(), self._agenda, clock=loop.time)
+        if former:
+            self._take_over(former)
         self.task = loop.create_task(self._run())
         kernel.hint = self._agenda.soon
         kernel.on_late = self._on_late
+
+    def _take_over(self, former: Daemon) -> None:
+        self.configure(former._reconciler.config)
+        for hold in former._reconciler.holds.all():
+            self._reconciler.hold(hold)
+        for dev_id, record in former.records.items():
+            self._reconciler.ledger.remember(dev_id, json.loads(json.dumps(record)))
+
+    def configure(self, config: Config) -> None:
+        self._reconciler.config = config
+
+    def hold(self, hold: Hold) -> None:
+        self._reconciler.hold(hold)
+
+    def release(self, dev_id: int) -> None:
+        self._reconciler.release(dev_id)
+
+    @property
+    def records(self) -> dict[int, Any]:
+        """What it has written down."""
+        ledger = self._reconciler.ledger
+        return {dev_id: record for dev_id in ledger.ids() if (record := ledger.to_record(dev_id))}
 
     async def _run(self) -> None:
         self._agenda.soon(None)
@@ -69,7 +102,8 @@ class Daemon:
 
     async def die(self) -> None:
         """As with SIGKILL: whatever was under way ends where it is."""
-        tasks = [self.task, *self._reconciler._deeds.values()]
+        reconciler = self._reconciler
+        tasks = [self.task, *reconciler._deletions.values(), *reconciler._recoveries.values()]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -92,6 +126,33 @@ def is_served(instance: Instance) -> bool:
 def is_unserved(instance: Instance) -> bool:
     """By its state; a new server may have it open."""
     return instance.listed and instance.state in (KernelState.QUIESCED, KernelState.FAIL_IO)
+
+
+def _serve_and_die(command: FakeCommand) -> None:
+    command.serve()
+    command.kernel._loop.call_later(3.2, command.exit, 1)
+
+
+def _go_to_the_background_and_fail(command: FakeCommand) -> None:
+    command.serve_as_daemon(status=1)
+
+
+def _say_that_all_is_well(command: FakeCommand) -> None:
+    command.fail(status=0)
+
+
+WHAT_COMMANDS_DO = (
+    FakeCommand.serve,
+    FakeCommand.serve_as_daemon,
+    FakeCommand.ask_another,
+    FakeCommand.fail,
+    FakeCommand.fail_to_start,
+    FakeCommand.hang,
+    FakeCommand.take_and_hang,
+    _serve_and_die,
+    _go_to_the_background_and_fail,
+    _say_that_all_is_well,
+)
 
 
 def happens_to(
@@ -122,21 +183,35 @@ class Histories(RuleBasedStateMachine):
         self.loop = VirtualLoop()
         self.kernel = FakeKernel(self.loop)
         self.daemon = Daemon(self.loop, self.kernel)
+        self.gives_up = False
 
     def teardown(self) -> None:
         try:
             self.everybody_comes_to_rest()
-            alive = [each for each in self.kernel.taken.values() if each.listed and not is_deletable(each)]
+            alive = [each for each in self.kernel.taken.values() if each.listed and not self.may_go(each)]
             self.loop.run_until_complete(asyncio.sleep(LONGEST_WAIT))
             self.nothing_in_use_was_touched()
             self.the_daemon_runs()
             left = list(self.kernel.taken.values())
             assert [each for each in left if is_deletable(each)] == [], "an orphan is left"
+            assert [each for each in left if self.has_to_be_given_up(each)] == [], (
+                "its deadline is over, and it is left"
+            )
+            running = [each for each in self.kernel.commands if not each.is_over]
+            assert running == [], "a command runs for ever"
             assert [each for each in left if not each.listed and not each.openers] == [], "an id is left"
             assert [each for each in alive if each not in left] == [], "somebody's device is gone"
         finally:
             self.loop.run_until_complete(self.daemon.die())
             self.loop.close()
+
+    def may_go(self, instance: Instance) -> bool:
+        """Nobody may complain when it is deleted."""
+        return is_deletable(instance) or (self.gives_up and is_unserved(instance) and not instance.openers)
+
+    def has_to_be_given_up(self, instance: Instance) -> bool:
+        held = instance.openers or instance.holders or instance.disk is None or not instance.has_node
+        return self.gives_up and is_unserved(instance) and not held
 
     def everybody_comes_to_rest(self) -> None:
         """No hint helps from now on, and nothing else happens."""
@@ -150,6 +225,7 @@ class Histories(RuleBasedStateMachine):
         for instance in list(kernel.taken.values()):
             if instance.overdue:
                 kernel.answer(instance, works=False)
+            instance.hidden_holder = False
             if instance.disk is None:
                 kernel.let_go(instance)
 
@@ -171,10 +247,24 @@ class Histories(RuleBasedStateMachine):
         settles_in=st.sampled_from([0.05, 0.7, 29.0]),
         disk_goes_first=st.booleans(),
         believes_in_async=st.booleans(),
+        unserved=st.sampled_from(OnUnserved),
+        does=st.sampled_from(WHAT_COMMANDS_DO),
     )
     def boot(
-        self, generation: tuple[bool, bool], settles_in: float, *, disk_goes_first: bool, believes_in_async: bool
+        self,
+        generation: tuple[bool, bool],
+        settles_in: float,
+        *,
+        disk_goes_first: bool,
+        believes_in_async: bool,
+        unserved: OnUnserved,
+        does: Callable[[FakeCommand], None],
     ) -> None:
+        self.kernel.on_command = does
+        recover = RULE if unserved is OnUnserved.RECOVER else None
+        self.daemon.configure(Config(policy=Policy(unserved=unserved, recovery_deadline=DEADLINE, recover=recover)))
+        self.gives_up = unserved is OnUnserved.DELETE
+        self.kernel.recovery_deadline = DEADLINE if self.gives_up else None
         self.kernel.ability = Traits(*generation)
         # What the version says of async deletion may be wrong either way.
         self.kernel.traits = Traits(generation[1] and believes_in_async, generation[1])
@@ -224,7 +314,29 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def the_daemon_is_killed_and_starts_again(self) -> None:
         self.loop.run_until_complete(self.daemon.die())
-        self.daemon = Daemon(self.loop, self.kernel)
+        self.kernel.abandon_commands()
+        self.daemon = Daemon(self.loop, self.kernel, self.daemon)
+
+    # Recovery commands, and planned work
+
+    @rule(does=st.sampled_from(WHAT_COMMANDS_DO))
+    def commands_will_do(self, does: Callable[[FakeCommand], None]) -> None:
+        self.kernel.on_command = does
+
+    @rule(dev_id=which, seconds=st.sampled_from([0.3, 7.0, 90.0]))
+    def root_sets_a_hold(self, dev_id: int, seconds: float) -> None:
+        now = self.loop.time()
+        self.daemon.hold(Hold(dev_id, now, now + seconds, 0))
+        self.kernel.off_limits[dev_id] = now + seconds
+
+    @rule(dev_id=which)
+    def root_releases_a_hold(self, dev_id: int) -> None:
+        self.kernel.off_limits.pop(dev_id, None)
+        self.daemon.release(dev_id)
+
+    @happens_to(lambda each: each.disk is not None, hidden=st.booleans())
+    def a_disk_is_used_by_somebody_who_cannot_be_seen(self, instance: Instance, *, hidden: bool) -> None:
+        instance.hidden_holder = hidden
 
     # Servers
 
@@ -284,6 +396,38 @@ class Histories(RuleBasedStateMachine):
     def a_new_server_takes_over(self, instance: Instance) -> None:
         with contextlib.suppress(BusyError):
             self.kernel.recover(instance, self.kernel.process())
+
+    @precondition(lambda self: len(self.kernel.taken) < 5)
+    @rule(
+        flags=st.sampled_from([QUEUEING, FAILING]), seconds=st.sampled_from([1.0, DEADLINE - 0.2, DEADLINE + 0.1, 9.0])
+    )
+    def a_server_dies_and_another_one_comes_by_itself(self, flags: int, seconds: float) -> None:
+        instance = self.kernel.serve(flags=flags)
+        self.loop.run_until_complete(asyncio.sleep(0.05))
+        self.kernel.kill(instance.adder)
+        self.loop.call_later(self.kernel.settles_in + seconds, self._come_back, instance)
+
+    @precondition(lambda self: len(self.kernel.taken) < 5)
+    @rule(flags=st.sampled_from([QUEUEING, FAILING]), seconds=st.sampled_from([0.1, 0.3, 2.0, 9.0]))
+    def a_server_dies_and_nobody_comes_in_time(self, flags: int, seconds: float) -> None:
+        instance = self.kernel.serve(flags=flags)
+        self.loop.run_until_complete(asyncio.sleep(0.05))
+        self.kernel.kill(instance.adder)
+        self.loop.run_until_complete(asyncio.sleep(self.kernel.settles_in + DEADLINE + seconds))
+
+    @precondition(lambda self: any(is_unserved(each) for each in self.kernel.taken.values()))
+    @rule(seconds=st.sampled_from([0.01, 0.5, DEADLINE + 0.1, RULE.timeout]))
+    def the_deadline_comes_nearer(self, seconds: float) -> None:
+        self.loop.run_until_complete(asyncio.sleep(seconds))
+
+    def _come_back(self, instance: Instance) -> None:
+        if is_unserved(instance) and not self.kernel.is_busy(instance):
+            self.kernel.recover(instance, self.kernel.process())
+            self.loop.call_later(0.002, self._finish_recovery, instance)
+
+    def _finish_recovery(self, instance: Instance) -> None:
+        if is_unserved(instance) and instance.openers:
+            self.kernel.finish_recovery(instance)
 
     @happens_to(lambda each: is_unserved(each) and bool(each.openers))
     def a_recovery_ends(self, instance: Instance) -> None:

@@ -4,114 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from duende_ublkd.core.config import Config, DaemonConfig, load
-from duende_ublkd.core.model import Action, Deed, Feature, Holder, Judged, Outcome, PassReport, VerdictKind
+from duende_ublkd.core.model import Action, Feature, Outcome, VerdictKind
 from duende_ublkd.core.policy import Traits
-from duende_ublkd.reconcile import MOST_DEEDS, Agenda, Reconciler
-from tests.fake_kernel import DEADLINE, FakeKernel, Fault, Instance, VirtualLoop, run
+from duende_ublkd.deeds import MOST_DELETIONS
+from duende_ublkd.reconcile import Agenda, Reconciler
+from tests.bench import MOUNT, RESYNC, Bench, Recorder, deleting, on_the_bench, recovering
+from tests.fake_kernel import DEADLINE, FakeKernel, Fault, VirtualLoop, run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
     from typing import Any
 
-RESYNC = 30.0
-MANY_WAITS = 20_000
+    from duende_ublkd.core.model import Observation
+
 CAREFUL_DRY_RUN = Config(daemon=DaemonConfig(dry_run=True))
-MOUNT = Holder("mount", "/srv (ext4)")
-
-
-@dataclass
-class Recorder:
-    """A reporter that remembers what was worth telling."""
-
-    announced: list[int] = field(default_factory=list)
-    deeds: list[Deed] = field(default_factory=list)
-    changed: list[Judged] = field(default_factory=list)
-    gone: list[Judged] = field(default_factory=list)
-    troubles: list[str] = field(default_factory=list)
-
-    def intends(self, device: Judged) -> None:
-        self.announced.append(device.seen.dev_id)
-
-    def passed(self, report: PassReport) -> None:
-        self.deeds += report.deeds
-        self.changed += report.changed
-        self.gone += report.gone
-        self.troubles += [report.trouble] if report.trouble else []
-
-    @property
-    def outcomes(self) -> list[Outcome | None]:
-        return [deed.outcome for deed in self.deeds]
-
-    def told(self) -> int:
-        return len(self.announced) + len(self.deeds) + len(self.changed) + len(self.gone) + len(self.troubles)
-
-
-class Bench:
-    """A daemon's loop on a fake kernel, and somebody to read its reports."""
-
-    def __init__(self, config: Config | None = None, traits: Traits | None = None) -> None:
-        loop = asyncio.get_running_loop()
-        self.kernel = FakeKernel(loop, traits=traits)
-        self.recorder = Recorder()
-        self.agenda = Agenda()
-        self.reconciler = Reconciler(self.kernel, config or Config(), self.recorder, self.agenda, clock=loop.time)
-        self.kernel.hint = self.agenda.soon
-        self.kernel.on_late = self._on_late
-        self._task = asyncio.ensure_future(self._look())
-        self._waits = 0
-
-    async def _look(self) -> None:
-        self.agenda.soon(None)
-        while True:
-            dev_ids = await self.agenda.next()
-            await self.reconciler.run_pass(dev_ids)
-            if dev_ids is None:
-                self.agenda.later(None, RESYNC)
-
-    def _on_late(self, command: str, dev_id: int) -> None:
-        self.reconciler.note_answer(dev_id, command)
-
-    async def wait(self, seconds: float) -> None:
-        """Let time pass; a defect of the daemon ends the test, and so does waiting for what never comes."""
-        self._waits += 1
-        assert self._waits < MANY_WAITS
-        done, _ = await asyncio.wait([self._task], timeout=seconds)
-        for task in done:
-            task.result()
-        assert self.kernel.violations == []
-
-    async def a_live_device(self, flags: int = 0) -> Instance:
-        instance = self.kernel.serve(flags=flags)
-        await self.wait(0.1)
-        assert self.verdict(instance) is VerdictKind.LIVE
-        return instance
-
-    async def an_orphan(self, flags: int = 0) -> Instance:
-        """One that dies this moment."""
-        instance = await self.a_live_device(flags)
-        self.kernel.kill(instance.openers[0])
-        return instance
-
-    def verdict(self, instance: Instance) -> VerdictKind:
-        return self.reconciler.devices[instance.dev_id].verdict.kind
-
-    def is_there(self, instance: Instance) -> bool:
-        return self.kernel.taken.get(instance.dev_id) is instance
-
-
-def on_the_bench(
-    test: Callable[[Bench], Coroutine[Any, Any, None]], config: Config | None = None, traits: Traits | None = None
-) -> None:
-    async def main() -> None:
-        await test(Bench(config, traits))
-
-    run(main())
 
 
 # --- deleting ---------------------------------------------------------------------------------------------------------
@@ -592,6 +503,383 @@ def test_without_grace_an_owner_gets_its_own_dead_device_away_at_the_first_look(
     run(main())
 
 
+# --- giving up what waits for a server --------------------------------------------------------------------------------
+
+
+GIVES_UP = deleting()
+
+
+@pytest.mark.parametrize("flags", [Feature.USER_RECOVERY, Feature.USER_RECOVERY | Feature.USER_RECOVERY_FAIL_IO])
+def test_a_device_that_nobody_recovers_is_stopped_after_its_deadline_and_then_deleted_as_an_orphan(flags: int) -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.recovery_deadline = 60.0
+        device = await bench.an_unserved_device(flags)
+        await bench.wait(59.5)
+        assert bench.kernel.stops == []
+        assert bench.recorder.announced == []
+        await bench.wait(0.7)
+        assert bench.kernel.stops == [device]
+        assert bench.is_there(device)
+        assert bench.recorder.outcomes == [Outcome.STOPPED]
+        await bench.wait(1)
+        assert not bench.is_there(device)
+        assert bench.recorder.outcomes == [Outcome.STOPPED, Outcome.DELETED]
+
+    on_the_bench(test, GIVES_UP)
+
+
+def test_a_held_device_is_never_stopped_and_somebody_is_told_who_holds_it() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.recovery_deadline = 60.0
+        device = await bench.an_unserved_device()
+        bench.kernel.hold(device, MOUNT)
+        await bench.wait(3600)
+        assert bench.recorder.announced == []
+        assert bench.rule(device) == "held"
+        (reason,) = bench.alerts()
+        assert "held by mount /srv (ext4), so it is not deleted" in reason
+        bench.kernel.let_go(device)
+        await bench.wait(7)
+        assert bench.kernel.stops == [device]
+
+    on_the_bench(test, GIVES_UP)
+
+
+def test_a_holder_that_only_the_kernel_knows_spares_it_and_is_asked_less_and_less_often() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.recovery_deadline = 60.0
+        device = await bench.an_unserved_device()
+        device.hidden_holder = True
+        await bench.wait(3600)
+        assert bench.kernel.stops == []
+        assert set(bench.recorder.outcomes) == {Outcome.SPARED}
+        assert "its disk is in use" in bench.recorder.deeds[0].detail
+        assert len(bench.recorder.deeds) < 30
+        device.hidden_holder = False
+        await bench.wait(301)
+        assert bench.kernel.stops == [device]
+
+    on_the_bench(test, GIVES_UP)
+
+
+def test_a_server_that_cannot_be_seen_and_takes_its_time_is_asked_less_and_less_often() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.recovery_deadline = 60.0
+        device = await bench.an_unserved_device()
+        await bench.wait(50)
+        bench.kernel.recover(device, bench.kernel.process(visible=False))
+        await bench.wait(600)
+        assert set(bench.recorder.outcomes) == {Outcome.SPARED}
+        assert len(bench.recorder.deeds) < 30
+        bench.kernel.finish_recovery(device)
+        await bench.wait(2 * RESYNC)
+        assert bench.verdict(device) is VerdictKind.LIVE
+
+    on_the_bench(test, GIVES_UP)
+
+
+def test_a_stop_that_is_refused_again_and_again_calls_somebody() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.recovery_deadline = 60.0
+        device = await bench.an_unserved_device()
+        device.hidden_holder = True
+        await bench.wait(600)
+        assert bench.alerts()
+
+    on_the_bench(test, GIVES_UP)
+
+
+def test_a_device_whose_holders_could_not_all_be_looked_for_is_not_stopped() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.recovery_deadline = 60.0
+        device = await bench.an_unserved_device()
+        bench.kernel.sees_everything = False
+        await bench.wait(3600)
+        assert bench.recorder.announced == []
+        assert bench.rule(device) == "holders-unknown"
+        assert len(bench.alerts()) == 1
+        bench.kernel.sees_everything = True
+        await bench.wait(7)
+        assert bench.kernel.stops == [device]
+
+    on_the_bench(test, GIVES_UP)
+
+
+def test_a_holder_that_comes_between_the_two_looks_spares_it() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.recovery_deadline = 60.0
+        device = await bench.an_unserved_device()
+        await bench.wait(59)
+        while not bench.recorder.announced:
+            await bench.wait(0.0001)
+        bench.kernel.hold(device, MOUNT)
+        await bench.wait(600)
+        assert bench.recorder.outcomes == [Outcome.SPARED]
+        assert "mount /srv" in bench.recorder.deeds[0].detail
+
+    on_the_bench(test, GIVES_UP)
+
+
+def test_a_sweep_that_is_incomplete_only_the_second_time_spares_it() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.recovery_deadline = 60.0
+        await bench.an_unserved_device()
+        await bench.wait(59)
+        while not bench.recorder.announced:
+            await bench.wait(0.0001)
+        bench.kernel.sees_everything = False
+        await bench.wait(600)
+        assert bench.recorder.outcomes == [Outcome.SPARED]
+
+    on_the_bench(test, GIVES_UP)
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["opened", "served"])
+def test_a_server_that_comes_right_before_the_claim_wins(finished: bool) -> None:  # noqa: FBT001
+    async def main() -> None:
+        bench = Bench(GIVES_UP)
+        bench.kernel.recovery_deadline = 60.0
+        device = await bench.an_unserved_device()
+        await bench.wait(50)
+        kernel, claim = bench.kernel, bench.kernel.claim
+
+        def late(seen: Observation) -> Any:  # noqa: ANN401 - passed on
+            if not device.openers:
+                kernel.recover(device, kernel.process())
+                if finished:
+                    kernel.finish_recovery(device)
+            return claim(seen)
+
+        kernel.claim = late  # type: ignore[method-assign]  # what happens in that moment
+        await bench.wait(30)
+        assert bench.recorder.outcomes == [Outcome.SPARED]
+        assert bench.kernel.stops == []
+        await bench.wait(600)
+        assert bench.verdict(device) is (VerdictKind.LIVE if finished else VerdictKind.RECOVERING)
+        assert len(bench.recorder.deeds) == 1
+
+    run(main())
+
+
+def test_a_daemon_that_has_not_watched_the_whole_deadline_itself_does_not_stop() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.recovery_deadline = 60.0
+        device = await bench.an_unserved_device()
+        await bench.wait(40)
+        await bench.restart()
+        await bench.wait(59)
+        assert bench.kernel.stops == []
+        assert bench.rule(device) == "not-yet-given-up"
+        assert "has not watched it for its whole deadline" in bench.reason(device)
+        await bench.wait(2)
+        assert bench.kernel.stops == [device]
+
+    on_the_bench(test, GIVES_UP)
+
+
+@pytest.mark.parametrize("works", [False, True])
+def test_a_stop_that_misses_its_deadline_makes_it_wedged_and_nothing_is_sent_behind_it(works: bool) -> None:  # noqa: FBT001
+    async def test(bench: Bench) -> None:
+        bench.kernel.recovery_deadline = 60.0
+        device = await bench.an_unserved_device()
+        bench.kernel.faults[device.dev_id] = Fault.STOP_OVERDUE
+        await bench.wait(62 + DEADLINE)
+        assert bench.verdict(device) is VerdictKind.WEDGED
+        await bench.wait(3600)
+        assert bench.recorder.announced == [device.dev_id]
+        assert bench.kernel.deletions == []
+        bench.kernel.answer(device, works=works)
+        await bench.wait(2)
+        assert not bench.is_there(device)
+        assert len(bench.kernel.stops) == (0 if works else 1)
+
+    on_the_bench(test, GIVES_UP)
+
+
+def test_a_command_that_runs_once_stops_nothing_however_long_it_looks() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        kernel, recorder = FakeKernel(loop), Recorder()
+        reconciler = Reconciler(kernel, GIVES_UP, recorder, Agenda(), clock=loop.time, only_orphans=True)
+        kernel.kill(kernel.serve(flags=Feature.USER_RECOVERY).openers[0])
+        for _ in range(200):
+            await asyncio.sleep(1)
+            await reconciler.run_pass(None)
+        await reconciler.finish_deeds()
+        assert reconciler.devices[0].verdict.action is Action.DELETE
+        assert recorder.announced == []
+
+    run(main())
+
+
+# --- planned work -----------------------------------------------------------------------------------------------------
+
+
+def test_an_orphan_on_hold_is_left_alone_and_deleted_on_time_when_the_hold_is_over() -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan()
+        hold = bench.hold(orphan, 610)  # not a multiple of the resync interval
+        bench.kernel.off_limits[orphan.dev_id] = hold.until
+        await bench.wait(609.9)
+        assert bench.recorder.announced == []
+        assert bench.rule(orphan) == "on-hold"
+        assert "by root (upgrade)" in bench.reason(orphan)
+        assert bench.alerts() == []
+        await bench.wait(0.3)
+        assert not bench.is_there(orphan)
+        assert bench.ended_holds == [(hold, "its time is over")]
+
+    on_the_bench(test)
+
+
+def test_a_device_without_a_server_on_hold_is_recovered_on_time_when_the_hold_is_over() -> None:
+    async def test(bench: Bench) -> None:
+        device = await bench.an_unserved_device()
+        hold = bench.hold(device, 610)
+        bench.kernel.off_limits[device.dev_id] = hold.until
+        await bench.wait(609.9)
+        assert bench.kernel.commands == []
+        assert bench.rule(device) == "on-hold"
+        await bench.wait(1)
+        assert len(bench.kernel.commands) == 1
+        assert bench.verdict(device) is VerdictKind.LIVE
+
+    on_the_bench(test, recovering())
+
+
+def test_a_device_without_a_server_on_hold_is_not_given_up_before_the_hold_is_over() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.recovery_deadline = 60.0
+        device = await bench.an_unserved_device()
+        hold = bench.hold(device, 610)
+        bench.kernel.off_limits[device.dev_id] = hold.until
+        await bench.wait(609.9)
+        assert bench.recorder.announced == []
+        await bench.wait(0.3)
+        assert bench.kernel.stops == [device]
+
+    on_the_bench(test, GIVES_UP)
+
+
+def test_what_planned_work_may_cause_calls_nobody_until_the_hold_is_over() -> None:
+    async def test(bench: Bench) -> None:
+        unserved = await bench.an_unserved_device()
+        held = await bench.a_live_device()
+        bench.hold(unserved, 610)
+        bench.hold(held, 610)
+        bench.kernel.hold(held, MOUNT)
+        bench.kernel.kill(held.openers[0])
+        await bench.wait(600)
+        assert bench.alerts() == []
+        assert bench.recorder.announced == []
+        await bench.wait(12)
+        assert len(bench.alerts()) == 2
+
+    on_the_bench(test)
+
+
+def test_what_planned_work_does_not_explain_still_calls_somebody() -> None:
+    async def test(bench: Bench) -> None:
+        wedged, unknown = await bench.a_live_device(), await bench.a_live_device()
+        bench.hold(wedged, 600)
+        bench.hold(unknown, 600)
+        bench.kernel.unanswered.add(wedged.dev_id)
+        bench.kernel.troubles[unknown.dev_id] = "input/output error"
+        await bench.wait(2 * RESYNC)
+        assert len(bench.alerts()) == 2
+        assert all("on hold for" in reason for reason in bench.alerts())
+
+    on_the_bench(test)
+
+
+def test_a_deletion_that_was_decided_and_not_yet_sent_when_the_hold_came_is_spared() -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan()
+        while not bench.recorder.announced:
+            await bench.wait(0.0001)
+        bench.kernel.off_limits[orphan.dev_id] = bench.hold(orphan, 60).until
+        await bench.wait(50)
+        assert bench.recorder.outcomes == [Outcome.SPARED]
+        assert "on hold" in bench.recorder.deeds[0].detail
+        await bench.wait(11)
+        assert not bench.is_there(orphan)
+
+    on_the_bench(test)
+
+
+def test_a_stop_that_was_decided_and_not_yet_sent_when_the_hold_came_is_spared() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.recovery_deadline = 60.0
+        device = await bench.an_unserved_device()
+        await bench.wait(59)
+        while not bench.recorder.announced:
+            await bench.wait(0.0001)
+        bench.kernel.off_limits[device.dev_id] = bench.hold(device, 60).until
+        await bench.wait(50)
+        assert bench.recorder.outcomes == [Outcome.SPARED]
+
+    on_the_bench(test, GIVES_UP)
+
+
+def test_a_release_lets_the_action_follow_at_once() -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan()
+        hold = bench.hold(orphan, 3600)
+        await bench.wait(100)
+        assert bench.reconciler.release(orphan.dev_id)[0] is hold
+        await bench.wait(0.1)
+        assert not bench.is_there(orphan)
+        assert bench.ended_holds == []  # somebody ended it, who knows
+
+    on_the_bench(test)
+
+
+def test_a_hold_that_was_bound_to_an_instance_ends_when_another_one_has_its_id() -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.a_live_device()
+        hold = bench.hold(first, 3600, bound=True, uid=1000)
+        bench.kernel.kill(first.openers[0])
+        await bench.wait(10)
+        assert "by uid 1000" in bench.reason(first)
+        bench.kernel.delete(first)
+        second = bench.kernel.serve(dev_id=first.dev_id)
+        await bench.wait(1)
+        assert bench.ended_holds == [(hold, "its device is gone")]
+        bench.kernel.kill(second.openers[0])
+        await bench.wait(2)
+        assert not bench.is_there(second)
+
+    on_the_bench(test)
+
+
+def test_a_hold_on_an_id_goes_on_when_another_device_has_it() -> None:
+    async def test(bench: Bench) -> None:
+        first = await bench.a_live_device()
+        bench.kernel.off_limits[first.dev_id] = bench.hold(first, 100).until
+        bench.kernel.delete(first)
+        bench.kernel.kill(first.openers[0])
+        second = bench.kernel.serve(dev_id=first.dev_id)
+        await bench.wait(1)
+        bench.kernel.kill(second.openers[0])
+        await bench.wait(90)
+        assert bench.is_there(second)
+        assert bench.ended_holds == []
+        await bench.wait(10)
+        assert not bench.is_there(second)
+
+    on_the_bench(test)
+
+
+def test_the_end_of_a_hold_on_a_device_that_needs_nothing_is_told_on_time() -> None:
+    async def test(bench: Bench) -> None:
+        device = await bench.a_live_device()
+        hold = bench.hold(device, 40)
+        await bench.wait(40.1)
+        assert bench.ended_holds == [(hold, "its time is over")]
+
+    on_the_bench(test)
+
+
 # --- the agenda -------------------------------------------------------------------------------------------------------
 
 
@@ -701,15 +989,15 @@ def test_a_look_that_finds_no_descriptor_left_is_trouble_and_not_the_end() -> No
 
 def test_a_dry_run_that_a_reload_brings_holds_back_what_still_waits_for_its_turn() -> None:
     async def test(bench: Bench) -> None:
-        devices = [await bench.a_live_device() for _ in range(MOST_DEEDS + 6)]
+        devices = [await bench.a_live_device() for _ in range(MOST_DELETIONS + 6)]
         for each in devices:
             bench.kernel.deletion_takes[each.dev_id] = 5.0
             bench.kernel.kill(each.openers[0])
         await bench.wait(2)
-        assert len(bench.recorder.announced) == MOST_DEEDS
+        assert len(bench.recorder.announced) == MOST_DELETIONS
         bench.reconciler.config = Config(daemon=DaemonConfig(dry_run=True))
         await bench.wait(20)
-        assert len(bench.recorder.announced) == MOST_DEEDS
+        assert len(bench.recorder.announced) == MOST_DELETIONS
 
     on_the_bench(test)
 

@@ -1,18 +1,16 @@
-"""What people are told: log lines, metrics, the table, the JSON, the pages."""
+"""What people are told: log lines, metrics, the table, the JSON."""
 
-import asyncio
 import json
 import logging
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 
-from duende_ublkd.core.errors import UsageError
+from duende_ublkd.core.config import Config, DeviceFacts
+from duende_ublkd.core.ledger import Ledger
 from duende_ublkd.core.model import (
     Action,
     Deed,
@@ -33,7 +31,6 @@ from duende_ublkd.core.text import printable
 from duende_ublkd.report import present
 from duende_ublkd.report.journal import Journal, Outlet
 from duende_ublkd.report.metrics import Metrics
-from duende_ublkd.report.web import WebServer
 
 HOSTILE = 'e"vil\n} 1\x1b[2J\\'
 
@@ -204,6 +201,7 @@ def test_the_json_has_every_field_of_the_contract() -> None:
         "verdict": "live",
         "reason": "served by 7",
         "action": "none",
+        "rule": "",
         "kernel_state": "LIVE",
         "flags": ["USER_RECOVERY"],
         "queues": 2,
@@ -214,8 +212,17 @@ def test_the_json_has_every_field_of_the_contract() -> None:
         "since": "",
         "block_device": "/dev/ublkb3",
         "char_device": "/dev/ublkc3",
+        "hold": None,
+        "recovery": None,
     }
     assert shown["since"].endswith("+00:00")
+
+
+def explained(device: Judged) -> present.Explanation:
+    ledger = Ledger()
+    history = ledger.record(device.seen)
+    chosen = Config().policy_for(DeviceFacts(device.seen.dev_id))
+    return present.Explanation(device, history, chosen)
 
 
 @pytest.mark.parametrize("width", [40, 80, 200])
@@ -233,96 +240,5 @@ def test_no_device_is_said_plainly() -> None:
 def test_a_device_without_an_answer_is_shown_all_the_same() -> None:
     device = a_device(kind=VerdictKind.UNKNOWN, info=None, usage=None, disk=None, server=None, char_device=None)
     assert present.as_object(device)["queues"] is None
-    assert "not known" in present.explain(device, "policy", "default")
+    assert "not known" in present.explain(explained(device))
     assert "UNKNOWN" in present.table([device], 100)
-
-
-@dataclass
-class ASource:
-    devices: dict[int, Judged] = field(default_factory=dict)
-    is_ready: bool = True
-
-
-def ask(source: ASource, path: str) -> tuple[int, str]:
-    async def serve() -> tuple[int, str]:
-        server = WebServer(source, Metrics())
-        await server.listen("127.0.0.1", PORT)
-        try:
-            return await asyncio.to_thread(fetch, path)
-        finally:
-            await server.close()
-
-    return asyncio.run(serve())
-
-
-PORT = 19116
-
-
-def fetch(path: str) -> tuple[int, str]:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{PORT}{path}", timeout=10) as answer:
-            return answer.status, answer.read().decode()
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, error.read().decode()
-
-
-def test_the_pages_answer() -> None:
-    source = ASource({3: a_device()})
-    assert ask(source, "/-/healthy") == (200, "healthy\n")
-    assert ask(source, "/-/ready") == (200, "ready\n")
-    assert ask(ASource(is_ready=False), "/-/ready") == (503, "not ready\n")
-    assert json.loads(ask(source, "/api/v1/devices")[1])[0]["dev_id"] == 3
-    assert "duende_ublkd_build_info" in ask(source, "/metrics")[1]
-    assert ask(source, "/nowhere")[0] == 404
-
-
-def test_clients_beyond_the_limit_are_turned_away_and_the_rest_is_served() -> None:
-    async def crowd() -> None:
-        server = WebServer(ASource(), Metrics())
-        await server.listen("127.0.0.1", PORT)
-        try:
-            idle = [await asyncio.open_connection("127.0.0.1", PORT) for _ in range(70)]
-            async with asyncio.timeout(10):
-                refused = await asyncio.gather(*(reader.read(1) for reader, _ in idle[64:]))
-            assert refused == [b""] * 6
-            for _, writer in idle:
-                writer.close()
-                await writer.wait_closed()
-            assert (await asyncio.to_thread(fetch, "/-/healthy"))[0] == 200
-        finally:
-            await server.close()
-
-    asyncio.run(crowd())
-
-
-def test_a_client_that_does_not_read_does_not_hold_up_the_end() -> None:
-    async def hold() -> float:
-        source = ASource({dev_id: a_device(dev_id) for dev_id in range(200)})
-        server = WebServer(source, Metrics())
-        await server.listen("127.0.0.1", PORT)
-        _, writer = await asyncio.open_connection("127.0.0.1", PORT, limit=1)
-        writer.write(b"GET /api/v1/devices HTTP/1.1\r\nHost: here\r\n\r\n" * 300)
-        await asyncio.sleep(0.5)  # until its answers have filled every buffer between here and there
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        await server.close()
-        took = loop.time() - began
-        writer.transport.abort()
-        return took
-
-    assert asyncio.run(hold()) < 4
-
-
-def test_a_port_in_use_is_an_error_with_a_hint() -> None:
-    async def twice() -> None:
-        first, second = WebServer(ASource(), Metrics()), WebServer(ASource(), Metrics())
-        await first.listen("127.0.0.1", PORT)
-        try:
-            await second.listen("127.0.0.1", PORT)
-        finally:
-            await first.close()
-
-    with pytest.raises(UsageError, match=r"cannot listen on 127\.0\.0\.1:19116: ") as told:
-        asyncio.run(twice())
-    assert "[http] listen" in told.value.hint

@@ -3,7 +3,9 @@
 Rule 1: a key that does nothing is an error. What this version cannot do is refused by name, not read and forgotten.
 Rule 2: every mistake of a file is reported at once, each as `FILE:LINE: KEY: what is wrong` and what to type instead.
 Rule 3: a fact that is missing never makes a policy less careful. Where it is open whether a table applies, the device
-        gets what both answers allow: hands off unless every table that may apply says delete, and the longest times.
+        gets what both answers allow: hands off unless every table that may apply says the same, and the longest times.
+Rule 4: a command is an array, never a line for a shell, and the program in it is the file's own or, as "{server}" alone,
+        the former server's; any other placeholder is only ever an argument.
 
 A key, its default and its parser stand together, once, as a field of the record that it ends up in.
 """
@@ -13,15 +15,17 @@ from __future__ import annotations
 import re
 import tomllib
 from collections import deque
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from difflib import get_close_matches
 from enum import Enum
 from fnmatch import fnmatchcase
 from ipaddress import ip_address
 from itertools import count
-from typing import TYPE_CHECKING, Any, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard, TypeVar
 
-from duende_ublkd.core.errors import ConfigError, UsageError
+from duende_ublkd.core.errors import ConfigError, DuendeError, UsageError
+from duende_ublkd.core.model import Feature
 from duende_ublkd.core.text import printable
 
 if TYPE_CHECKING:
@@ -30,14 +34,34 @@ if TYPE_CHECKING:
 MAX_BYTES = 64 * 1024  # a log given by mistake is longer; and tomllib is quadratic in the parts of a dotted key
 MAX_DEV_ID = (1 << 20) - 1  # MINORBITS: the kernel has no more minors for ublkc
 COMM_BYTES = 15  # TASK_COMM_LEN - 1: the kernel cuts a longer name of a process here
+MOST_PARTS = 64  # of a command; with MOST_CHARACTERS in each it stays far below what execve() takes
+MOST_CHARACTERS = 4096
+PLACEHOLDERS = ("id", "block_device", "char_device", "server")
 
 _T = TypeVar("_T")
 _E = TypeVar("_E", bound=Enum)
 _Path = tuple[str | int, ...]
+_Parser: TypeAlias = "Callable[[object], Any] | type[Any]"
 
 
 class WrongValueError(UsageError):
-    """A value that cannot be used. Whoever asked for it knows which key or option it was given to."""
+    """A value that cannot be used. Whoever asked for it knows which key or option it was given to.
+
+    `part`: the index of what is wrong in it, if the value is an array.
+    """
+
+    def __init__(self, message: str, *, hint: str, part: int | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.part = part
+
+
+class UnfilledError(DuendeError, ValueError):
+    """What a placeholder of a command stands for is not known."""
+
+    def __init__(self, placeholder: str) -> None:
+        named = f"{{{placeholder}}}"
+        super().__init__(f"what {named} stands for is not known", hint=f"write a recover.command without {named}")
+        self.placeholder = placeholder
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +113,12 @@ _DURATION = re.compile("".join(rf"(?:([0-9]{{1,12}}){unit})?" for unit in _UNITS
 _DURATION_HINT = 'write it as "500ms", "30s", "1m30s", "2h" or "1d"'
 DAY = 86_400.0
 YEAR = 365 * DAY
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+_SIZE_UNITS = {"GiB": GIB, "MiB": MIB, "KiB": KIB}
+_SIZE_HINT = 'write it as "512KiB", "64MiB" or "1GiB"'
+_COMMAND_EXAMPLE = '["ublk", "recover", "-n", "{id}"]'
+_RECOVER_EXAMPLE = f"{{ command = {_COMMAND_EXAMPLE} }}"
 
 
 def _shown(value: object) -> str:
@@ -161,6 +191,60 @@ def _duration(at_least: float, at_most: float) -> Callable[[object], float]:
     return parse
 
 
+def parse_size(value: object) -> int:
+    """Return the bytes of "512KiB", "64MiB" or "1GiB"."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    text = _shown(value) if number else _text(value, '"64MiB"')
+    count_of = re.fullmatch("([0-9]{1,12})(KiB|MiB|GiB)", text)
+    if count_of is None:
+        raise _wrong_size(text, text if number else _shown(text))
+    return int(count_of[1]) * _SIZE_UNITS[count_of[2]]
+
+
+def _wrong_size(text: str, shown: str) -> WrongValueError:
+    if text.startswith("-"):
+        return WrongValueError(f"{shown} is negative", hint=_SIZE_HINT)
+    if re.fullmatch("[0-9]{1,6}", text):
+        return WrongValueError(f"{shown} has no unit", hint=f'did you mean "{text}MiB"?')
+    if unit := re.fullmatch(r"([0-9]{1,12})\s*([^\W\d_]{1,20})", text):
+        near = next((name for name in _SIZE_UNITS if name[0].lower() == unit[2][0].lower()), None)
+        hint = f'did you mean "{unit[1]}{near}"?' if near else f"the units are {', '.join(reversed(_SIZE_UNITS))}"
+        return WrongValueError(f"{shown} has the unknown unit {_shown(unit[2])}", hint=hint)
+    return WrongValueError(f"{shown} is not a size", hint=f"{_SIZE_HINT}: a whole number with one unit")
+
+
+def size_text(size: int) -> str:
+    """Write a size as the file would have it; the inverse of `parse_size`."""
+    name, unit = next((each for each in _SIZE_UNITS.items() if size >= each[1] and size % each[1] == 0), ("KiB", KIB))
+    return f"{size // unit}{name}"
+
+
+def _size(at_least: int, at_most: int) -> Callable[[object], int]:
+    def parse(value: object) -> int:
+        size = parse_size(value)
+        if at_least <= size <= at_most:
+            return size
+        low, high = size_text(at_least), size_text(at_most)
+        nearest = low if size < at_least else high
+        raise WrongValueError(f"{_shown(value)} is not between {low} and {high}", hint=f'the nearest is "{nearest}"')
+
+    return parse
+
+
+def _integer(at_least: int, at_most: int) -> Callable[[object], int]:
+    def parse(value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int):
+            hint = f"write a number from {at_least} to {at_most}, without quotes"
+            raise WrongValueError(f"must be a whole number, not {_shown(value)}", hint=hint)
+        if at_least <= value <= at_most:
+            return value
+        nearest = at_least if value < at_least else at_most
+        what = f"{_shown(value)} is not between {at_least} and {at_most}"
+        raise WrongValueError(what, hint=f"the nearest is {nearest}")
+
+    return parse
+
+
 def _boolean(value: object) -> bool:
     if not isinstance(value, bool):
         raise WrongValueError(f"must be true or false, not {_shown(value)}", hint="write true or false, without quotes")
@@ -187,14 +271,26 @@ def _choice(members: type[_E]) -> Callable[[object], _E]:
 
 
 def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    near = get_close_matches(word[:60].lower().replace("-", "_"), known, n=1)
-    return f'did you mean "{near[0]}"?' if near else f"possible here: {', '.join(known)}"
+    near = _nearest(word, known)
+    return f'did you mean "{near}"?' if near else f"possible here: {', '.join(known)}"
 
 
-def _unserved(value: object) -> OnUnserved:
-    if value in ("recover", "delete"):
-        raise WrongValueError(f"{_shown(value)}: this version can only alert", hint='write unserved = "alert"')
-    return _choice(OnUnserved)(value)
+def _nearest(word: str, known: Sequence[str]) -> str | None:
+    written = {name.lower(): name for name in known}
+    near = get_close_matches(word[:60].lower().replace("-", "_"), written, n=1)
+    return written[near[0]] if near else None
+
+
+def _texts(value: object, example: str) -> list[str]:
+    if not isinstance(value, list):
+        raise WrongValueError(f"must be an array of texts, not {_shown(value)}", hint=f"write it as {example}")
+    if not value:
+        raise WrongValueError("is empty", hint=f"write it as {example}")
+    for index, part in enumerate(value):
+        if not isinstance(part, str):
+            hint = f'write "{_shown(part)}"' if isinstance(part, int | float) else f"write the whole as {example}"
+            raise WrongValueError(f"must be a text in quotes, not {_shown(part)}", hint=hint, part=index)
+    return value
 
 
 def _ids(value: object) -> tuple[range, ...]:
@@ -238,9 +334,134 @@ def _uid(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         hint = "write the number that `id -u NAME` prints, without quotes"
         raise WrongValueError(f"must be a user's number, not {_shown(value)}", hint=hint)
-    if not 0 <= value < (1 << 32) - 1:  # (uid_t)-1 means nobody
+    if not _is_uid(value):
         raise WrongValueError(f"{_shown(value)} is no user's number", hint="write the number that `id -u NAME` prints")
     return value
+
+
+def _is_uid(number: int) -> bool:
+    return 0 <= number < (1 << 32) - 1  # (uid_t)-1 means nobody
+
+
+def parse_feature(text: str) -> Feature:
+    """Return the flag of a device with this name, written with or without UBLK_F_, in either case."""
+    word = text.strip().upper().removeprefix("UBLK_F_")
+    if word in Feature.__members__:
+        return Feature[word]
+    hint = _did_you_mean(word, [*Feature.__members__])
+    raise WrongValueError(f"{_shown(text)} is no flag of a ublk device", hint=hint)
+
+
+def _flags(value: object) -> FlagMatch:
+    present, absent = Feature(0), Feature(0)
+    for index, text in enumerate(_texts(value, '["USER_RECOVERY", "!UNPRIVILEGED_DEV"]')):
+        unset = text.startswith("!")
+        try:
+            flag = parse_feature(text.removeprefix("!"))
+        except WrongValueError as error:
+            hint = error.hint.replace('did you mean "', 'did you mean "!') if unset else error.hint
+            raise WrongValueError(str(error), hint=hint, part=index) from None
+        if flag & (present | absent):
+            twice = "stands here twice" if bool(flag & absent) is unset else "is to be set and not to be set"
+            raise WrongValueError(f'"{flag.name}" {twice}', hint="remove one of them", part=index)
+        present, absent = (present, absent | flag) if unset else (present | flag, absent)
+    return FlagMatch(present, absent)
+
+
+_PLACEHOLDER = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+
+
+def _command(value: object) -> tuple[str, ...]:
+    parts = _texts(value, _COMMAND_EXAMPLE)
+    if len(parts) > MOST_PARTS:
+        what, hint = f"has {len(parts)} parts, more than {MOST_PARTS}", "put the command into a script, and name that"
+        raise WrongValueError(what, hint=hint)
+    for index, part in enumerate(parts):
+        try:
+            _check_part(part)
+            if index == 0:
+                _check_program(part)
+        except WrongValueError as error:
+            raise WrongValueError(str(error), hint=error.hint, part=index) from None
+    return tuple(parts)
+
+
+def _check_part(part: str) -> None:
+    if len(part) > MOST_CHARACTERS:
+        what = f"has {len(part)} characters, more than {MOST_CHARACTERS}"
+        raise WrongValueError(what, hint="put the command into a script, and name that")
+    if "\0" in part:
+        raise WrongValueError(f"{_shown(part)} holds a NUL, and no argument can", hint="remove it")
+    for sign in _PLACEHOLDER.finditer(part):
+        if sign[0] in ("{", "}"):
+            what = f'{_shown(part)} has a "{sign[0]}" that stands alone'
+            raise WrongValueError(what, hint=f'write "{sign[0] * 2}" for the sign itself')
+        if sign[1] is not None and sign[1] not in PLACEHOLDERS:
+            hint = _did_you_mean(sign[0], [f"{{{name}}}" for name in PLACEHOLDERS])
+            raise WrongValueError(f"{_shown(part)} has the unknown placeholder {_shown(sign[0])}", hint=hint)
+
+
+def _check_program(program: str) -> None:
+    """What is run is told by the file alone (rule 4), and wherever the daemon was started."""
+    absolute, words, base = program.startswith("/"), program.split(), program.rpartition("/")[2]
+    if program == "{server}":
+        return
+    if any(sign[1] is not None for sign in _PLACEHOLDER.finditer(program)):
+        what, hint = (
+            "has a placeholder in the name of the program",
+            'write the program itself, or "{server}" alone; its arguments may have placeholders',
+        )
+    elif not base:
+        what, hint = "is not the name of a program", 'write it as "ublk" or "/usr/bin/ublk"'
+    elif not absolute and words != [program]:
+        what, hint = "is more than the name of a program", f"write each word as a text of its own: {_array_text(words)}"
+    elif not absolute and base != program:
+        what = "is a relative path"
+        hint = f'write the absolute path, as "/usr/local/bin/{_bare(base)}", or the bare name, "{_bare(base)}"'
+    else:
+        return
+    raise WrongValueError(f"{_shown(program)} {what}", hint=hint)
+
+
+def _bare(text: str) -> str:
+    return _shown(text)[1:-1]
+
+
+def _array_text(words: Sequence[str]) -> str:
+    shown = ", ".join(_shown(word) for word in words[:MOST_PARTS])
+    return printable(f"[{shown}]")
+
+
+def fill(command: Sequence[str], values: Mapping[str, str | None]) -> tuple[str, ...]:
+    """Put values in place of the placeholders. UnfilledError: the command has one whose value is None, or missing.
+
+    What is filled in stays as it is, braces and all, and makes no part more or less.
+    """
+
+    def replacement(sign: re.Match[str]) -> str:
+        if sign[1] is None:
+            return sign[0][0]
+        value = values.get(sign[1])
+        if value is None:
+            raise UnfilledError(sign[1])
+        return value
+
+    return tuple(_PLACEHOLDER.sub(replacement, part) for part in command)
+
+
+def _user(value: object) -> str:
+    """A name is looked up when it is needed; it may be known to no file of this machine."""
+    number = isinstance(value, int) and not isinstance(value, bool)
+    text = _text(value, f'"{_shown(value)}"' if number else '"nobody"')
+    if re.fullmatch("[0-9]+", text):
+        if len(text) > 10 or not _is_uid(int(text)):  # noqa: PLR2004 - digits of 32 bits
+            raise WrongValueError(
+                f"{_shown(text)} is no user's number", hint="write the user's name, or what `id -u` prints"
+            )
+        return text
+    if not re.fullmatch(r"[^-\s:,/][^\s:,/]{0,255}", text) or not text.isprintable():
+        raise WrongValueError(f"{_shown(text)} is not the name of a user", hint='write it as "nobody" or "65534"')
+    return text
 
 
 _LISTEN = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([0-9.]+)):([0-9]{1,5})")
@@ -279,13 +500,19 @@ def _listen_hint(text: str) -> str:
 # --- records: the configuration as the rest of the program sees it
 
 
-def _read_by(parse: Callable[[object], object]) -> dict[str, object]:
-    return {"parse": parse}
+def _read_by(parse: _Parser, *, example: str = "") -> dict[str, object]:
+    """What a key is read by; a record: it is a table of its own. `example`: for a key that has to be there."""
+    return {"parse": parse, "example": example}
 
 
-def schema(record: type) -> dict[str, Callable[[object], Any]]:
-    """Return the keys of a record's table, each with its parser."""
+def schema(record: type) -> dict[str, _Parser]:
+    """Return the keys of a record's table, each with its parser, or with the record of the table that it is."""
     return {entry.name: entry.metadata["parse"] for entry in fields(record)}
+
+
+def _required(record: type) -> dict[str, str]:
+    """The keys that have no default, each with an example."""
+    return {entry.name: entry.metadata["example"] for entry in fields(record) if entry.default is MISSING}
 
 
 class OnOrphan(Enum):
@@ -300,6 +527,8 @@ class OnUnserved(Enum):
     """What to do with a device whose I/O hangs or fails for longer than `recovery_deadline`."""
 
     ALERT = "alert"
+    RECOVER = "recover"
+    DELETE = "delete"
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,14 +554,31 @@ class DaemonConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class Recovery:
+    """`recover`: the command that brings a server back, and how often to try.
+
+    `command`: a program and its arguments, for `fill`. `backoff` doubles with each attempt. Served for `stable`: earlier
+    attempts are forgotten. `user`: a name or a number; None: as the daemon itself.
+    """
+
+    command: tuple[str, ...] = field(metadata=_read_by(_command, example=_COMMAND_EXAMPLE))
+    timeout: float = field(default=30.0, metadata=_read_by(_duration(1, 3600)))
+    attempts: int = field(default=3, metadata=_read_by(_integer(1, 100)))
+    backoff: float = field(default=1.0, metadata=_read_by(_duration(0, 3600)))
+    stable: float = field(default=300.0, metadata=_read_by(_duration(1, DAY)))
+    user: str | None = field(default=None, metadata=_read_by(_user))
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
-    """`[policy]`, and what a `[[device]]` overrides of it."""
+    """`[policy]`, and what a `[[device]]` overrides of it. In a Config, `recover` is there for RECOVER, and only then."""
 
     orphaned: OnOrphan = field(default=OnOrphan.DELETE, metadata=_read_by(_choice(OnOrphan)))
     orphan_grace: float = field(default=0.5, metadata=_read_by(_duration(0, YEAR)))
     setup_grace: float = field(default=60.0, metadata=_read_by(_duration(0, YEAR)))
-    unserved: OnUnserved = field(default=OnUnserved.ALERT, metadata=_read_by(_unserved))
+    unserved: OnUnserved = field(default=OnUnserved.ALERT, metadata=_read_by(_choice(OnUnserved)))
     recovery_deadline: float = field(default=60.0, metadata=_read_by(_duration(0, YEAR)))
+    recover: Recovery | None = field(default=None, metadata=_read_by(Recovery))
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,6 +589,14 @@ class HttpConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class JournalConfig:
+    """`[journal]`. `max_size` in bytes."""
+
+    keep: float = field(default=90 * DAY, metadata=_read_by(_duration(3600, 10 * YEAR)))
+    max_size: int = field(default=64 * MIB, metadata=_read_by(_size(MIB, 10 * GIB)))
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceFacts:
     """What is known of a device and of the server behind it, now or remembered from when it lived. None: not known.
 
@@ -350,12 +604,25 @@ class DeviceFacts:
     no process has an empty name, and one without a unit (in a container, or gone while it was read) may have had one.
     """
 
-    dev_id: int
+    dev_id: int | None
     comm: str | None = None
     exe: str | None = None
     unit: str | None = None
     owner_uid: int | None = None
     server_known: bool = False
+    flags: int | None = None  # UBLK_F_* bits
+
+
+@dataclass(frozen=True, slots=True)
+class FlagMatch:
+    """`flags` of a match: what has to be set, and what must not be."""
+
+    present: int = 0
+    absent: int = 0
+
+    def agrees(self, flags: int) -> bool:
+        """Whether a device has these flags."""
+        return flags & self.present == self.present and not flags & self.absent
 
 
 @dataclass(frozen=True, slots=True)
@@ -366,18 +633,21 @@ class Match:
     server: str | None = field(default=None, metadata=_read_by(_server))
     unit: str | None = field(default=None, metadata=_read_by(_unit))
     owner_uid: int | None = field(default=None, metadata=_read_by(_uid))
+    flags: FlagMatch | None = field(default=None, metadata=_read_by(_flags))
 
     def answers(self, facts: DeviceFacts) -> dict[str, bool | None]:
         """Return what each matcher given says of a device. None: the fact that it asks for is not known."""
         said: dict[str, bool | None] = {}
         if self.ids is not None:
-            said["ids"] = any(facts.dev_id in span for span in self.ids)
+            said["ids"] = None if facts.dev_id is None else any(facts.dev_id in span for span in self.ids)
         if self.server is not None:
             said["server"] = _is_server(self.server, facts)
         if self.unit is not None:
             said["unit"] = fnmatchcase(facts.unit, self.unit) if facts.server_known and facts.unit else None
         if self.owner_uid is not None:
             said["owner_uid"] = None if facts.owner_uid is None else facts.owner_uid == self.owner_uid
+        if self.flags is not None:
+            said["flags"] = None if facts.flags is None else self.flags.agrees(facts.flags)
         return said
 
 
@@ -423,7 +693,12 @@ class Config:
     policy: Policy = Policy()
     devices: tuple[DeviceRule, ...] = ()
     http: HttpConfig = HttpConfig()
+    journal: JournalConfig = JournalConfig()
     policy_source: str = field(default="policy (built-in defaults)", compare=False)
+
+    def policies(self) -> tuple[Policy, ...]:
+        """Every policy that a device may get."""
+        return (self.policy, *(rule.policy for rule in self.devices))
 
     def policy_for(self, facts: DeviceFacts) -> ChosenPolicy:
         """Return the first table that matches; with a fact missing, the most careful of all that may (rule 3)."""
@@ -454,26 +729,41 @@ def _choose(sure: ChosenPolicy, doubtful: Sequence[DeviceRule], unknown: Sequenc
 
 
 def _careful(policies: Sequence[Policy]) -> Policy:
-    """What each of these policies allows. Where they differ on the deed, none is done, and somebody is told."""
+    """What each of these policies allows. Where they differ on the deed, none is done, and somebody is told.
+
+    A recovery is the deed of its command: two different ones are two deeds.
+    """
     orphaned = {policy.orphaned for policy in policies}
-    unserved = {policy.unserved for policy in policies}
+    deeds = {(policy.unserved, policy.recover) for policy in policies}
+    unserved, recover = deeds.pop() if len(deeds) == 1 else (OnUnserved.ALERT, None)
     return Policy(
         orphaned=orphaned.pop() if len(orphaned) == 1 else OnOrphan.ALERT,
         orphan_grace=max(policy.orphan_grace for policy in policies),
         setup_grace=max(policy.setup_grace for policy in policies),
-        unserved=unserved.pop() if len(unserved) == 1 else OnUnserved.ALERT,
+        unserved=unserved,
         recovery_deadline=max(policy.recovery_deadline for policy in policies),
+        recover=recover,
     )
 
 
 # --- the file
 
-SECTIONS: Mapping[str, type] = {"daemon": DaemonConfig, "policy": Policy, "http": HttpConfig}
-_HOMES = {"[daemon]": DaemonConfig, "[policy] or [[device]]": Policy, "[http]": HttpConfig, "match = { ... }": Match}
-_NOT_YET = {
-    "alert": ("this version writes alerts to the log only", "remove [[alert]]"),
-    "recover": ("this version cannot run a recovery", "remove the key"),
+SECTIONS: Mapping[str, type] = {
+    "daemon": DaemonConfig,
+    "policy": Policy,
+    "http": HttpConfig,
+    "journal": JournalConfig,
 }
+_HOMES = {
+    "[daemon]": DaemonConfig,
+    "[policy] or [[device]]": Policy,
+    "[http]": HttpConfig,
+    "[journal]": JournalConfig,
+    "match = { ... }": Match,
+    "recover = { ... }": Recovery,
+}
+_EXAMPLES = {"match": '{ ids = "0-15" }', "recover": _RECOVER_EXAMPLE}
+_NOT_YET = {"alert": ("this version writes alerts to the log only", "remove [[alert]]")}
 
 
 def load(text: bytes, name: str) -> Config:
@@ -530,43 +820,51 @@ class _Reader:
         self._lines = key_lines(source)
 
     def document(self, data: dict[str, Any]) -> Config:
-        parsers: dict[str, Callable[[object], Any]] = {
-            name: self._section((name,), record) for name, record in SECTIONS.items()
-        }
-        found = self._table((), data, {**parsers, "device": self._overrides})
-        policy = found.get("policy", Policy())
+        found = self._table((), data, {**SECTIONS, "device": self._overrides})
+        policy = found.pop("policy", Policy())
         rules = [
-            DeviceRule(keys.pop("match", Match()), replace(policy, **keys), self._source(("device", index)))
+            DeviceRule(keys.pop("match", Match()), _settled(replace(policy, **keys)), self._source(("device", index)))
             for index, keys in enumerate(found.pop("device", ()))
         ]
+        self._refuse_idle_recovery(data.get("policy", {}), data.get("device", []))
         if not self.problems:  # a match that could not be read would look like one that matches everything
             self._refuse_unreachable(rules)
         if "policy" in data:
             found["policy_source"] = self._source(("policy",))
-        return Config(**found, devices=tuple(rules))
+        return Config(**found, policy=_settled(policy), devices=tuple(rules))
 
-    def _section(self, path: _Path, record: type[_T]) -> Callable[[object], _T]:
-        return lambda value: record(**self._table(path, value, schema(record)))
+    def _section(self, path: _Path, record: type[_T], value: object) -> _T | None:
+        """Read a table into its record. None: a key that has to be there is wrong, which was told."""
+        required = _required(record)
+        found = self._table(path, value, schema(record), required)
+        return record(**found) if required.keys() <= found.keys() else None
 
     def _overrides(self, value: object) -> list[dict[str, Any]]:
         """Read what each `[[device]]` gives; the policy that it overrides may stand below it."""
-        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        if not _are_tables(value):
             raise WrongValueError(
                 f"must be tables of the form [[device]], not {_shown(value)}", hint="write [[device]]"
             )
         found = []
         for index, entry in enumerate(value):
             path = ("device", index)
-            parsers = {"match": self._section((*path, "match"), Match), **schema(Policy)}
-            found.append(self._table(path, entry, parsers))
+            found.append(self._table(path, entry, {"match": Match, **schema(Policy)}))
         return found
 
-    def _table(self, path: _Path, value: object, parsers: Mapping[str, Callable[[object], Any]]) -> dict[str, Any]:
-        """Read one table, and go on after a mistake."""
+    def _table(
+        self,
+        path: _Path,
+        value: object,
+        parsers: Mapping[str, _Parser],
+        required: Mapping[str, str] = MappingProxyType({}),
+    ) -> dict[str, Any]:
+        """Read one table, and go on after a mistake. `required`: keys that have to be there, each with an example."""
         if not isinstance(value, dict):
-            hint = f"write [{path[-1]}]" if len(path) == 1 else 'write it as { ids = "0-15" }'
+            hint = f"write [{path[-1]}]" if len(path) == 1 else f"write it as {_EXAMPLES[str(path[-1])]}"
             raise WrongValueError(f"must be one table, not {_shown(value)}", hint=hint)
         found = {}
+        for key in required.keys() - value.keys():
+            self._wrong(path, f"has no {key}", f"add {key} = {required[key]}")
         for key, entry in value.items():
             here = (*path, key)
             if key in _NOT_YET:
@@ -574,11 +872,30 @@ class _Reader:
             elif key not in parsers:
                 self._wrong(here, "unknown key" if path else "unknown section or key", _where_to(key, [*parsers]))
             else:
+                parse = parsers[key]
                 try:
-                    found[key] = parsers[key](entry)
+                    found[key] = self._section(here, parse, entry) if isinstance(parse, type) else parse(entry)
                 except WrongValueError as error:
-                    self._wrong(here, str(error), error.hint)
+                    self._wrong(here if error.part is None else (*here, error.part), str(error), error.hint)
         return found
+
+    def _refuse_idle_recovery(self, policy: object, tables: object) -> None:
+        """Refuse `unserved = "recover"` without a command, and a command that nobody runs, in tables as tomllib has them."""
+        if not isinstance(policy, dict) or not _are_tables(tables):
+            return
+        heirs = [table for table in tables if "recover" not in table]
+        if _recovers(policy) and "recover" not in policy:
+            self._wrong(("policy", "unserved"), _NO_COMMAND, f"add recover = {_RECOVER_EXAMPLE} to [policy]")
+        if "recover" in policy and not any(_recovers({**policy, **table}) is not False for table in ({}, *heirs)):
+            what = 'does nothing: neither [policy] nor a [[device]] without its own recover has unserved = "recover"'
+            self._wrong(("policy", "recover"), what, 'write unserved = "recover" where it is to run, or remove it')
+        for index, table in enumerate(tables):
+            path, both = ("device", index), {**policy, **table}
+            if "unserved" in table and _recovers(table) and "recover" not in both:
+                self._wrong((*path, "unserved"), _NO_COMMAND, f"add recover = {_RECOVER_EXAMPLE} here or to [policy]")
+            if "recover" in table and _recovers(both) is False:
+                what = f'does nothing: unserved is "{both.get("unserved", _UNSERVED)}" for this table'
+                self._wrong((*path, "recover"), what, 'write unserved = "recover" in this [[device]], or remove it')
 
     def _refuse_unreachable(self, rules: Sequence[DeviceRule]) -> None:
         greedy = next((rule for rule in rules if rule.match == Match()), None)
@@ -596,6 +913,25 @@ class _Reader:
     def _line(self, path: _Path) -> int:
         """The line of a key; where it escaped notice, that of the nearest table around it."""
         return next((self._lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in self._lines), 1)
+
+
+_UNSERVED = Policy().unserved.value
+_NO_COMMAND = '"recover", and there is no command to run'
+
+
+def _recovers(table: Mapping[str, Any]) -> bool | None:
+    """Whether a table as it stands in the file asks for recovery. None: `unserved` is a mistake, so nobody knows."""
+    unserved = table.get("unserved", _UNSERVED)
+    return unserved == OnUnserved.RECOVER.value if unserved in [each.value for each in OnUnserved] else None
+
+
+def _settled(policy: Policy) -> Policy:
+    """Leave out an inherited command that this policy does not run."""
+    return policy if policy.unserved is OnUnserved.RECOVER else replace(policy, recover=None)
+
+
+def _are_tables(value: object) -> TypeGuard[list[dict[str, Any]]]:
+    return isinstance(value, list) and all(isinstance(entry, dict) for entry in value)
 
 
 def _where_to(key: str, known: Sequence[str]) -> str:

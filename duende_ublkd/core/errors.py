@@ -71,6 +71,10 @@ class BusyError(CommandError):
     """EBUSY: somebody has the device."""
 
 
+class HeldError(BusyError):
+    """EBUSY of the disk: mounted, swapped on, open, or claimed by another device."""
+
+
 class DeviceExistsError(CommandError):
     """EEXIST: the id is taken, or the device was started once already."""
 

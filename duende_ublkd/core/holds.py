@@ -6,19 +6,29 @@ Rules:
 2. A hold ends by itself. Its time is CLOCK_MONOTONIC: setting the clock ends nothing early. A reboot ends it: every
    device is another one then.
 3. A later hold replaces an earlier one of the same id; only root may replace or release what root has set.
+4. A record that is not understood in full is refused in full: whoever wanted to know what is on hold holds back then.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
+
+from duende_ublkd.core.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-DEFAULT_TIME = 600.0  # seconds
+SHORTEST_TIME = 1.0  # seconds
+DEFAULT_TIME = 600.0
 LONGEST_TIME = 30 * 86_400.0
 MOST_TEXT = 200  # characters of a reason
+MOST_HOLDS = 1024  # so that what is written of them stays below a megabyte
+
+
+class NotAllowedError(UsageError):
+    """This user may not change this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +61,12 @@ class Holds:
         return tuple(self._holds[dev_id] for dev_id in sorted(self._holds))
 
     def set(self, hold: Hold) -> None:
-        """Set or replace."""
+        """Set or replace. UsageError: there are too many already."""
+        if hold.dev_id not in self._holds and len(self._holds) >= MOST_HOLDS:
+            raise UsageError(
+                f"{MOST_HOLDS} devices are on hold already, and more cannot be",
+                hint="duende-ublkd hold  # shows them; duende-ublkd release ID ends one",
+            )
         self._holds[hold.dev_id] = hold
 
     def get(self, dev_id: int) -> Hold | None:
@@ -87,28 +102,41 @@ class Holds:
     def from_record(cls, record: Mapping[str, Any], boot_id: str, now: float) -> Holds:
         """What is left of a record; nothing of another boot's. ValueError: it is not a record."""
         try:
-            if record["boot_id"] != boot_id:
+            if _boot_of(record) != boot_id:
                 return cls()
             holds = [Hold(**_checked(entry)) for entry in record["holds"]]
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise ValueError(f"not a record of holds: {error}") from error
         return cls(hold for hold in holds if hold.until > now)
 
 
+def _boot_of(record: Mapping[str, Any]) -> str:
+    boot_id = record["boot_id"]
+    if not isinstance(boot_id, str):
+        raise TypeError("boot_id is not a text")
+    return boot_id
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "dev_id": (int,),
+    "since": (int, float),
+    "until": (int, float),
+    "uid": (int,),
+    "why": (str,),
+    "instance": (int, type(None)),
+}
+
+
 def _checked(entry: Mapping[str, Any]) -> dict[str, Any]:
-    kinds: dict[str, type | tuple[type, ...]] = {
-        "dev_id": int,
-        "since": (int, float),
-        "until": (int, float),
-        "uid": int,
-        "why": str,
-        "instance": (int, type(None)),
-    }
-    fields = dict(entry)
-    for name, value in fields.items():
-        if not isinstance(value, kinds[name]):
+    values = dict(entry)
+    if missing := {each.name for each in fields(Hold)} - values.keys():
+        raise TypeError(f"{min(missing)} is missing")
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, _KINDS[name]):
             raise TypeError(f"{name} is {type(value).__name__}")
-    return fields
+    if not (math.isfinite(values["since"]) and math.isfinite(values["until"])):
+        raise ValueError("a time is not finite")
+    return values
 
 
 def may_change(uid: int, hold: Hold | None, device_owner: int | None) -> bool:

@@ -4,19 +4,23 @@ Rules:
 1. A history belongs to one instance of an id. Another identity under the same id starts a new one.
 2. An unbroken time starts anew whenever one look says otherwise; what nobody looked at breaks nothing and proves nothing.
 3. What a device was (served by whom, on which disk) stays known after it died: the kernel forgets it at once.
+4. A record outlives the daemon and is believed of the same instance in the same boot, and of nothing else: ages, attempts
+   and what it was go on. What has to be watched without a break (`seen_idle_since`, `watched_since`) begins anew.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
-from duende_ublkd.core.model import KernelState, Server, Verdict, VerdictKind
+from duende_ublkd.core.model import Identity, KernelState, Server, Verdict, VerdictKind
+from duende_ublkd.core.trail import NO_TRAIL, Trail
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable, Mapping
 
-    from duende_ublkd.core.model import Identity, Observation
+    from duende_ublkd.core.model import Observation
 
 _FIRST_RETRY = 1.0  # seconds after a deletion that failed; doubles up to the longest
 _LONGEST_RETRY = 300.0
@@ -42,11 +46,12 @@ class History:
     last_seen: float
     phase: tuple[object, ...]  # kernel state, has a disk, has a node, is served
     phase_since: float
-    seen_live: bool = False  # a look found it LIVE with a disk
+    seen_live: bool = False  # a look found it with a disk, LIVE or waiting for another server
     had_disk: bool = False  # the last look had that from an event
     seen_idle_since: float | None = None  # we saw it DEAD, without disk, not known to be open, ever since
     idle_since: float | None = None  # it has been so, for what can be told of the time before our first look
     server: Server | None = None  # the last one known alive
+    server_confirmed: bool = False  # it was seen to have the char device open; a pid alone is what somebody claimed
     disk_rdevs: frozenset[tuple[int, int]] = frozenset()
     death_seen: float | None = None
     server_died: bool = False  # its process ended; otherwise it may have let go of the device and live on
@@ -57,6 +62,8 @@ class History:
     pause_reason: str = ""
     verdict: Verdict | None = None
     verdict_since: float = 0.0
+    watched_since: float = 0.0  # the first look of this daemon; what is older was remembered
+    trail: Trail = NO_TRAIL
 
     @property
     def was_live(self) -> bool:
@@ -69,13 +76,15 @@ class Ledger:
 
     def __init__(self) -> None:
         self._histories: dict[int, History] = {}
+        self._remembered: dict[int, History] = {}  # of a former daemon, and not seen by this one yet
+        self._late: set[tuple[int, str]] = set()  # answers that came after their deadline, since the last question
 
     def __contains__(self, dev_id: int) -> bool:
         return dev_id in self._histories
 
     def ids(self) -> tuple[int, ...]:
-        """Every id that has a history, lowest first."""
-        return tuple(sorted(self._histories))
+        """Every id that has a history, lowest first; of former daemons too, until they were looked at."""
+        return tuple(sorted(self._histories.keys() | self._remembered.keys()))
 
     def get(self, dev_id: int) -> History | None:
         """The history of an id, if there is one."""
@@ -85,9 +94,39 @@ class Ledger:
         """Add one look and return the history that includes it."""
         past = self._histories.get(seen.dev_id)
         known = past and _same_instance(past.identity, seen.identity)
-        history = _continue(past, seen) if past and known else _begin(seen)
+        history = _continue(past, seen) if past and known else self._begin(seen)
         self._histories[seen.dev_id] = history
         return history
+
+    def remember(self, dev_id: int, record: Mapping[str, Any], *, has_ended: bool = True) -> None:
+        """What `to_record` of another process of this boot said. `has_ended`: so its attempts to recover are not watched
+        any more. ValueError: it is not a record.
+        """
+        past = _from_record(record)
+        if has_ended and past.trail.is_running:
+            past = replace(past, trail=past.trail.abandoned())
+        self._remembered[dev_id] = past
+
+    def to_record(self, dev_id: int) -> dict[str, Any] | None:
+        """What is worth knowing after a restart, as JSON values; None: nothing is known of this id."""
+        past = self._histories.get(dev_id)
+        return _to_record(past) if past else None
+
+    def note_trail(self, dev_id: int, trail: Trail) -> History | None:
+        """What was tried to recover it, as of now."""
+        past = self._histories.get(dev_id)
+        if past:
+            past = self._histories[dev_id] = replace(past, trail=trail)
+        return past
+
+    def _begin(self, seen: Observation) -> History:
+        """The history of an instance that this daemon sees for the first time."""
+        new = _begin(seen)
+        old = self._remembered.pop(seen.dev_id, None)
+        if old is None or seen.identity.sysfs_inode is None or old.identity.sysfs_inode != seen.identity.sysfs_inode:
+            return new
+        old = replace(old, seen_idle_since=None, idle_since=new.idle_since, watched_since=seen.at)
+        return _continue(old, seen)
 
     def note_verdict(self, dev_id: int, verdict: Verdict, at: float) -> tuple[History, Verdict | None]:
         """Remember a decision. Returns the history and the verdict it replaces, None when the kind is unchanged."""
@@ -138,19 +177,29 @@ class Ledger:
         if past := self._histories.get(dev_id):
             self._histories[dev_id] = replace(past, paused_until=until, pause_reason=why)
 
+    def note_question(self, dev_ids: Collection[int]) -> None:
+        """Commands on these devices are about to be sent: late answers are to earlier ones no more."""
+        self._late = {late for late in self._late if late[0] not in dev_ids}
+
     def note_overdue(self, dev_id: int, command: str, at: float, *, of_look: bool) -> None:
-        """A command on this device did not answer in time; the first one counts until its answer comes."""
-        if past := self._histories.get(dev_id):
+        """A command on this device did not answer in time; the first one counts until its answer comes.
+
+        The answer may have come before whoever asked hears of the deadline: then there is nothing to note.
+        """
+        past = self._histories.get(dev_id)
+        if past and (dev_id, command) not in self._late:
             self._histories[dev_id] = replace(past, overdue=past.overdue or Overdue(command, at, of_look))
 
     def note_answer(self, dev_id: int, command: str) -> None:
         """A command answered after all; lifts what that one's missed deadline imposed, and nothing else."""
+        self._late.add((dev_id, command))
         past = self._histories.get(dev_id)
         if past and past.overdue and past.overdue.command == command:
             self._histories[dev_id] = replace(past, overdue=None)
 
     def forget(self, dev_id: int) -> History | None:
         """The id is free. Returns what was known of its last device."""
+        self._remembered.pop(dev_id, None)
         return self._histories.pop(dev_id, None)
 
     def forget_all_but(self, present: Iterable[int]) -> list[History]:
@@ -175,8 +224,15 @@ def _is_idle(seen: Observation) -> bool:
     )
 
 
-def _is_live(seen: Observation) -> bool:
+def is_live(seen: Observation) -> bool:
+    """The kernel says that it is served, and its disk is there."""
     return seen.info is not None and seen.info.state == KernelState.LIVE and seen.disk is not None
+
+
+def _is_started(seen: Observation) -> bool:
+    """It has a disk, and is not on its way up or down."""
+    started = (KernelState.LIVE, KernelState.QUIESCED, KernelState.FAIL_IO)
+    return seen.info is not None and seen.info.state in started and seen.disk is not None
 
 
 def _phase(seen: Observation) -> tuple[object, ...]:
@@ -199,6 +255,19 @@ def _known_server(seen: Observation) -> Server | None:
     return None
 
 
+def _is_confirmed(seen: Observation, server: Server | None) -> bool:
+    """Up to 6.16 the pid that the kernel tells of may be any number."""
+    return server is not None and any(_same_process(server, opener) for opener in _openers(seen))
+
+
+def _openers(seen: Observation) -> tuple[Server, ...]:
+    return seen.usage.char_openers if seen.usage else ()
+
+
+def _same_process(one: Server, other: Server | None) -> bool:
+    return other is not None and (one.pid, one.start_time) == (other.pid, other.start_time)
+
+
 def _begin(seen: Observation) -> History:
     idle = _is_idle(seen)
     return History(
@@ -207,12 +276,14 @@ def _begin(seen: Observation) -> History:
         last_seen=seen.at,
         phase=_phase(seen),
         phase_since=seen.at,
-        seen_live=_is_live(seen),
+        seen_live=_is_started(seen),
         had_disk=seen.had_disk,
         seen_idle_since=seen.at if idle else None,
         idle_since=seen.at - (seen.age or 0.0) if idle else None,
         server=_known_server(seen),
+        server_confirmed=_is_confirmed(seen, _known_server(seen)),
         disk_rdevs=_rdevs(seen),
+        watched_since=seen.at,
     )
 
 
@@ -221,7 +292,7 @@ def _continue(past: History, seen: Observation) -> History:
     served_now = _known_server(seen)
     death_seen = past.death_seen
     server_died = past.server_died
-    if _is_live(seen) and served_now:
+    if is_live(seen) and served_now:
         death_seen, server_died = None, False
     elif death_seen is None and past.seen_live and phase != past.phase:
         death_seen = seen.at
@@ -231,13 +302,81 @@ def _continue(past: History, seen: Observation) -> History:
         last_seen=seen.at,
         phase=phase,
         phase_since=past.phase_since if phase == past.phase else seen.at,
-        seen_live=past.seen_live or _is_live(seen),
+        seen_live=past.seen_live or _is_started(seen),
         had_disk=seen.had_disk,
         seen_idle_since=(seen.at if past.seen_idle_since is None else past.seen_idle_since) if idle else None,
         idle_since=(seen.at if past.idle_since is None else past.idle_since) if idle else None,
         times_busy=past.times_busy if idle else 0,
         server=served_now or past.server,
+        server_confirmed=_is_confirmed(seen, served_now)
+        or (past.server_confirmed and (served_now is None or _same_process(served_now, past.server))),
         disk_rdevs=_rdevs(seen) or past.disk_rdevs,
         death_seen=death_seen,
         server_died=server_died,
     )
+
+
+def _to_record(past: History) -> dict[str, Any]:
+    return {
+        "instance": past.identity.sysfs_inode,
+        "char_rdev": past.identity.char_rdev,
+        "first_seen": past.first_seen,
+        "phase": list(past.phase),
+        "phase_since": past.phase_since,
+        "was_live": past.was_live,
+        "server": asdict(past.server) if past.server else None,
+        "server_confirmed": past.server_confirmed,
+        "disk_rdevs": sorted(past.disk_rdevs),
+        "death_seen": past.death_seen,
+        "server_died": past.server_died,
+        "verdict": past.verdict.kind.value if past.verdict else None,
+        "verdict_since": past.verdict_since,
+        "trail": asdict(past.trail),
+    }
+
+
+def _from_record(record: Mapping[str, Any]) -> History:
+    try:
+        kind = record["verdict"]
+        server = record["server"]
+        return History(
+            identity=Identity(record["instance"], _numbers(record["char_rdev"])),
+            first_seen=_time(record["first_seen"]),
+            last_seen=_time(record["first_seen"]),
+            phase=tuple(record["phase"]),
+            phase_since=_time(record["phase_since"]),
+            seen_live=bool(record["was_live"]),
+            server=Server(**server) if server else None,
+            server_confirmed=bool(record["server_confirmed"]),
+            disk_rdevs=frozenset((int(major), int(minor)) for major, minor in record["disk_rdevs"]),
+            death_seen=None if record["death_seen"] is None else _time(record["death_seen"]),
+            server_died=bool(record["server_died"]),
+            verdict=Verdict(VerdictKind(kind), "") if kind else None,
+            verdict_since=_time(record["verdict_since"]),
+            trail=_checked(Trail(**record["trail"])),
+        )
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"not a record of a device: {error!r}") from error
+
+
+def _time(value: Any) -> float:  # noqa: ANN401 - JSON
+    seconds = float(value)
+    if not math.isfinite(seconds):
+        raise ValueError("a time is not finite")
+    return seconds
+
+
+def _checked(trail: Trail) -> Trail:
+    """Its fields as what they are to be."""
+    return Trail(
+        attempts=int(trail.attempts),
+        began=None if trail.began is None else _time(trail.began),
+        limit=_time(trail.limit),
+        not_before=_time(trail.not_before),
+        trouble=str(trail.trouble),
+        served_since=None if trail.served_since is None else _time(trail.served_since),
+    )
+
+
+def _numbers(value: Any) -> tuple[int, int] | None:  # noqa: ANN401 - JSON
+    return None if value is None else (int(value[0]), int(value[1]))

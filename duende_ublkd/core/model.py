@@ -8,7 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, IntFlag
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from duende_ublkd.core.trail import NO_TRAIL, Trail
+
+if TYPE_CHECKING:
+    from duende_ublkd.core.holds import Hold
 
 
 class KernelState:
@@ -141,6 +146,7 @@ class Usage:
     char_openers: tuple[Server, ...] = ()
     holders: tuple[Holder, ...] = ()
     complete: bool = True
+    blind: str = field(default="", compare=False)  # what could not be looked at first, such as `open files of pid 812`
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +203,8 @@ class Verdict:
     reason: str
     action: Action = Action.NONE
     look_again_in: float | None = None
+    rule: str = ""  # the name of the rule that fired; policy.WHAT_WOULD_CHANGE_IT has a sentence for each
+    then: str = ""  # what happens when `look_again_in` is over and nothing else has changed
 
 
 class Outcome(Enum):
@@ -207,6 +215,7 @@ class Outcome(Enum):
     ALREADY_GONE = "already_gone"  # two cleaners stay friends: the goal was a missing device
     SPARED = "spared"  # looked again just before acting, and it was not to be touched
     WOULD_DELETE = "would_delete"  # dry run
+    STOPPED = "stopped"  # its disk is gone, and it is an orphan now
     RECOVERED = "recovered"  # LIVE again, by the recovery command
     RECOVERED_BY_ANOTHER = "recovered_by_another"  # LIVE again, and the server is not of our command
     WOULD_RECOVER = "would_recover"  # dry run
@@ -219,11 +228,13 @@ class Judged:
     seen: Observation
     verdict: Verdict
     since: float
+    hold: Hold | None = None  # planned work: hands off
+    trail: Trail = NO_TRAIL  # what was tried to recover it
 
 
 @dataclass(frozen=True, slots=True)
 class Deed:
-    """One attempt to act. `took`: seconds of the attempt; `reaction`: from the death seen to the id free, if both were."""
+    """One attempt to act. `took`: seconds of it; `reaction`: from the death seen to the id free or served again."""
 
     dev_id: int
     action: Action
@@ -231,6 +242,7 @@ class Deed:
     detail: str
     took: float
     reaction: float | None = None
+    facts: dict[str, Any] = field(default_factory=dict)  # JSON values for the journal
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,21 +4,26 @@ Rule 1: nothing outside this file chooses to delete a device.
 Rule 2: this file imports no clock, no logger and nothing that does I/O, so the whole truth table fits in a unit test.
 Rule 3: a pid proves nothing by itself. A dead `ublksrv_pid` can stand on a healthy device (a server that forked), a living
         one on a corpse (a recycled number). The kernel's state, the disk and the open char device decide.
-Rule 4: only a device that is DEAD, has no disk, and is not open is ever deleted, and only after its grace.
+Rule 4: only a device that is DEAD, has no disk, and is not open is ever deleted, and only after its grace. Where the
+        policy says so, a device that waits for a server (QUIESCED, FAIL_IO) is stopped first: only when its deadline is
+        over, and only when everybody who could hold its disk was looked for and nobody does.
+Rule 5: every verdict names its rule, and `WHAT_WOULD_CHANGE_IT` has a sentence for each.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from duende_ublkd.core.config import OnOrphan
+from duende_ublkd.core.config import OnOrphan, OnUnserved
 from duende_ublkd.core.model import Action, KernelState, Verdict, VerdictKind
 
 if TYPE_CHECKING:
-    from duende_ublkd.core.config import Policy
+    from duende_ublkd.core.config import Policy, Recovery
+    from duende_ublkd.core.holds import Hold
     from duende_ublkd.core.ledger import History
     from duende_ublkd.core.model import DevInfo, Holder, Observation, Server
+    from duende_ublkd.core.trail import Trail
 
 SETTLING = 45.0
 """Seconds that a device may be on its way down: up to 6.14 the kernel notices a server that died with every tag in flight
@@ -50,44 +55,80 @@ def _is_deleted_unseen(seen: Observation) -> bool:
     return seen.info is None and seen.identity.sysfs_inode is None and not seen.trouble
 
 
-def decide(seen: Observation, past: History, policy: Policy, traits: Traits, now: float) -> Verdict:
-    """What the device is, why, and what to do. `past` includes `seen`."""
+def decide(
+    seen: Observation, past: History, policy: Policy, traits: Traits, now: float, hold: Hold | None = None
+) -> Verdict:
+    """What the device is, why, and what to do. `past` includes `seen`; `hold`: the one that is in force on it."""
+    verdict = _decide(seen, past, policy, traits, now)
+    return _hands_off(verdict, hold, now) if hold else verdict
+
+
+def _hands_off(verdict: Verdict, hold: Hold, now: float) -> Verdict:
+    """Planned work: nothing is done, and what the work itself may cause calls nobody."""
+    planned = verdict.kind in (VerdictKind.ORPHANED, VerdictKind.UNSERVED, VerdictKind.PINNED)
+    idle = verdict.action is Action.NONE or (verdict.action is Action.ALERT and not planned)
+    left = max(hold.until - now, 0.0)
+    by = f"uid {hold.uid}" if hold.uid else "root"
+    note = f"on hold for {_span(left)} more by {by}" + (f" ({hold.why})" if hold.why else "")
+    if idle:
+        return replace(verdict, reason=f"{verdict.reason}; {note}")
+    then = {
+        Action.DELETE: "it is deleted",
+        Action.RECOVER: "the recovery command runs",
+        Action.ALERT: "somebody is told",
+    }
+    return replace(
+        verdict,
+        reason=f"{verdict.reason}; {note}",
+        action=Action.NONE,
+        look_again_in=left,
+        rule="on-hold",
+        then=then[verdict.action],
+    )
+
+
+def _decide(seen: Observation, past: History, policy: Policy, traits: Traits, now: float) -> Verdict:
     if past.overdue:
         return Verdict(
             VerdictKind.WEDGED,
             f"{past.overdue.command} has not answered for {_span(now - past.overdue.since)}; nothing more is sent to it",
             Action.ALERT,
             look_again_in=5.0,
+            rule="overdue",
         )
     if seen.info is None:
         if _is_deleted_unseen(seen):
             return _deleted(seen, past, now)
-        return Verdict(VerdictKind.UNKNOWN, seen.trouble or "GET_DEV_INFO gave no answer", Action.ALERT, 5.0)
+        reason = seen.trouble or "GET_DEV_INFO gave no answer"
+        return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, 5.0, "no-answer")
     if seen.info.state == KernelState.LIVE:
         return _live(seen, past, now)
     if seen.info.state in (KernelState.QUIESCED, KernelState.FAIL_IO):
         return _without_server(seen, past, policy, now)
     if seen.info.state == KernelState.DEAD:
         return _dead(seen, seen.info, past, policy, traits, now)
-    return Verdict(VerdictKind.UNKNOWN, f"the kernel's state {seen.info.state} is not known here", Action.ALERT)
+    reason = f"the kernel's state {seen.info.state} is not known here"
+    return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, rule="strange-state")
 
 
 def _live(seen: Observation, past: History, now: float) -> Verdict:
     if seen.disk is None:
         return _live_without_disk(past, now)
     if _alive(seen.server):
-        return Verdict(VerdictKind.LIVE, f"served by {seen.server}")
+        return Verdict(VerdictKind.LIVE, f"served by {seen.server}", rule="served")
     if seen.usage is None or (not seen.usage.complete and not seen.usage.char_openers):
-        return Verdict(VerdictKind.LIVE, "the kernel says LIVE; who serves it cannot be seen from here")
+        reason = "the kernel says LIVE; who serves it cannot be seen from here"
+        return Verdict(VerdictKind.LIVE, reason, rule="served-unseen")
     if seen.usage.char_openers:
         opener = seen.usage.char_openers[0]
-        return Verdict(VerdictKind.LIVE, f"served by {opener}, which has its char device open")
+        return Verdict(VerdictKind.LIVE, f"served by {opener}, which has its char device open", rule="served")
     gone_for = now - past.phase_since
     dead = f"LIVE, but its server {past.server or seen.server or ''} is gone".replace("  ", " ")
     if gone_for < SETTLING:
-        return Verdict(VerdictKind.CLOSING, f"{dead}; the kernel has not noticed yet", look_again_in=_soon(gone_for))
+        reason = f"{dead}; the kernel has not noticed yet"
+        return Verdict(VerdictKind.CLOSING, reason, look_again_in=_soon(gone_for), rule="death-unnoticed")
     reason = f"{dead} since {_span(gone_for)}; a leaked descriptor or a stuck request keeps the kernel from noticing"
-    return Verdict(VerdictKind.WEDGED, reason, Action.ALERT, look_again_in=5.0)
+    return Verdict(VerdictKind.WEDGED, reason, Action.ALERT, look_again_in=5.0, rule="death-never-noticed")
 
 
 def _live_without_disk(past: History, now: float) -> Verdict:
@@ -95,37 +136,104 @@ def _live_without_disk(past: History, now: float) -> Verdict:
     lasted = now - past.phase_since
     if past.was_live:
         if lasted < SETTLING:
-            return Verdict(
-                VerdictKind.CLOSING, "LIVE, its disk already gone: being stopped", look_again_in=_soon(lasted)
-            )
+            reason = "LIVE, its disk already gone: being stopped"
+            return Verdict(VerdictKind.CLOSING, reason, look_again_in=_soon(lasted), rule="being-stopped")
         reason = f"LIVE without its disk for {_span(lasted)}: a STOP_DEV does not come to an end"
-        return Verdict(VerdictKind.WEDGED, reason, Action.ALERT, look_again_in=5.0)
+        return Verdict(VerdictKind.WEDGED, reason, Action.ALERT, look_again_in=5.0, rule="stop-stuck")
     if lasted < SETTLING:
-        return Verdict(VerdictKind.STARTING, "LIVE, its disk not there yet: being started", look_again_in=_soon(lasted))
+        reason = "LIVE, its disk not there yet: being started"
+        return Verdict(VerdictKind.STARTING, reason, look_again_in=_soon(lasted), rule="being-started")
     reason = f"LIVE without a disk for {_span(lasted)}: a stuck START_DEV, or a stray state that ADD_DEV left"
-    return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0)
+    return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0, rule="stray-state")
 
 
 def _without_server(seen: Observation, past: History, policy: Policy, now: float) -> Verdict:
+    """QUIESCED or FAIL_IO: a server may come at any moment, by itself or because our command starts one."""
     name, lasted = seen.state_name, now - past.phase_since
     if seen.disk is None:
         if past.was_live and lasted < SETTLING:
-            return Verdict(VerdictKind.CLOSING, f"{name}, its disk gone: being stopped", look_again_in=_soon(lasted))
+            reason = f"{name}, its disk gone: being stopped"
+            return Verdict(VerdictKind.CLOSING, reason, look_again_in=_soon(lasted), rule="being-stopped")
         reason = f"{name} without a disk: a stray state that ADD_DEV left, or a stuck STOP_DEV"
-        return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0)
+        return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0, rule="stray-state")
+    if past.trail.began is not None:
+        return _being_recovered(name, past.trail, policy, now)
     if seen.usage and seen.usage.char_openers:
         opener = seen.usage.char_openers[0]
-        return Verdict(VerdictKind.RECOVERING, f"{name}; {opener} has taken its char device", look_again_in=2.0)
-    effect = (
-        "its I/O waits for a new server" if seen.info and seen.info.state == KernelState.QUIESCED else "its I/O fails"
-    )
-    held = f"; held by {_list(seen.usage.holders)}" if seen.usage and seen.usage.holders else ""
+        reason = f"{name}; {opener} has taken its char device"
+        return Verdict(VerdictKind.RECOVERING, reason, look_again_in=2.0, rule="taken")
     left = policy.recovery_deadline - lasted
     if left > 0:
-        reason = f"{name} without a server: {effect}{held}; {_span(policy.recovery_deadline)} to be recovered in"
-        return Verdict(VerdictKind.UNSERVED, reason, look_again_in=left)
-    reason = f"{name} without a server for over {_span(policy.recovery_deadline)}: {effect}{held}"
-    return Verdict(VerdictKind.UNSERVED, reason, Action.ALERT)
+        reason = f"{_waiting(seen)}; {_span(policy.recovery_deadline)} to be recovered in"
+        then = _AFTER_DEADLINE[policy.unserved]
+        return Verdict(VerdictKind.UNSERVED, reason, look_again_in=left, rule="deadline-open", then=then)
+    if policy.unserved is OnUnserved.RECOVER and policy.recover:
+        return _to_be_recovered(seen, past.trail, policy.recover, now)
+    if policy.unserved is OnUnserved.DELETE:
+        return _to_be_given_up(seen, past, policy, now)
+    reason = f"{_waiting(seen)}, for over {_span(policy.recovery_deadline)}"
+    return Verdict(VerdictKind.UNSERVED, reason, Action.ALERT, rule="deadline-over")
+
+
+_AFTER_DEADLINE = {
+    OnUnserved.ALERT: "somebody is told",
+    OnUnserved.RECOVER: "the recovery command runs",
+    OnUnserved.DELETE: "it is stopped and deleted, if nothing holds its disk",
+}
+
+
+def _waiting(seen: Observation) -> str:
+    queued = seen.info is not None and seen.info.state == KernelState.QUIESCED
+    effect = "its I/O waits for a new server" if queued else "its I/O fails"
+    held = f"; held by {_list(seen.usage.holders)}" if seen.usage and seen.usage.holders else ""
+    return f"{seen.state_name} without a server: {effect}{held}"
+
+
+def _being_recovered(name: str, trail: Trail, policy: Policy, now: float) -> Verdict:
+    of = f" of {policy.recover.attempts}" if policy.recover else ""
+    lasted = now - (now if trail.began is None else trail.began)
+    reason = f"{name}; the recovery command (attempt {trail.attempts}{of}) runs for {_span(lasted)}"
+    return Verdict(VerdictKind.RECOVERING, reason, look_again_in=1.0, rule="recovery-runs")
+
+
+def _to_be_recovered(seen: Observation, trail: Trail, rule: Recovery, now: float) -> Verdict:
+    if trail.is_given_up(rule.attempts):
+        why = f": {trail.trouble}" if trail.trouble else ": it was served again each time, and never for long"
+        tries = f"{trail.attempts} attempt{'' if trail.attempts == 1 else 's'}"
+        reason = f"{_waiting(seen)}; recovery given up after {tries}{why}"
+        return Verdict(VerdictKind.UNSERVED, reason, Action.ALERT, rule="given-up")
+    if now < trail.not_before:
+        what = trail.trouble or "it was served again, and not for long"
+        reason = f"{_waiting(seen)}; attempt {trail.attempts} of {rule.attempts}: {what}"
+        wait = trail.not_before - now
+        then = "the recovery command runs"
+        return Verdict(VerdictKind.UNSERVED, reason, look_again_in=wait, rule="backoff", then=then)
+    attempt = f"attempt {trail.attempts + 1} of {rule.attempts}"
+    return Verdict(VerdictKind.UNSERVED, f"{_waiting(seen)}; {attempt}", Action.RECOVER, rule="to-be-recovered")
+
+
+def _to_be_given_up(seen: Observation, past: History, policy: Policy, now: float) -> Verdict:
+    """Stopping it fails whatever I/O waits. Reasons to hold back, one after the other; nobody looks into the past for it."""
+    if past.paused_until > now:
+        reason, then = f"{_waiting(seen)}; {past.pause_reason}", "another attempt to delete it"
+        return Verdict(VerdictKind.UNSERVED, reason, Action.ALERT, past.paused_until - now, "paused", then)
+    left = past.watched_since + policy.recovery_deadline - now
+    if left > 0:
+        reason = f"{_waiting(seen)}; this daemon has not watched it for its whole deadline"
+        then = "it is stopped and deleted, if nothing holds its disk"
+        return Verdict(VerdictKind.UNSERVED, reason, look_again_in=left, rule="not-yet-given-up", then=then)
+    if seen.usage is None:
+        reason = f"{_waiting(seen)}; nobody looked who holds it"
+        return Verdict(VerdictKind.UNSERVED, reason, Action.ALERT, look_again_in=1.0, rule="holders-unknown")
+    if seen.usage.holders:
+        reason = f"{_waiting(seen)}, so it is not deleted"
+        return Verdict(VerdictKind.UNSERVED, reason, Action.ALERT, look_again_in=5.0, rule="held")
+    if not seen.usage.complete:
+        blind = f" ({seen.usage.blind})" if seen.usage.blind else ""
+        reason = f"{_waiting(seen)}; not everybody who may hold it could be seen{blind}, so it is not deleted"
+        return Verdict(VerdictKind.UNSERVED, reason, Action.ALERT, look_again_in=5.0, rule="holders-unknown")
+    reason = f"{_waiting(seen)}, for over {_span(policy.recovery_deadline)}; nothing holds its disk"
+    return Verdict(VerdictKind.UNSERVED, reason, Action.DELETE, rule="to-be-given-up")
 
 
 def _dead(seen: Observation, info: DevInfo, past: History, policy: Policy, traits: Traits, now: float) -> Verdict:
@@ -140,7 +248,10 @@ def _dead(seen: Observation, info: DevInfo, past: History, policy: Policy, trait
         or _paused(past, now)
         or _held(seen, past, policy, waits_for_ever=not (can_be_async or traits.delete_can_be_cancelled))
         or Verdict(
-            VerdictKind.ORPHANED, f"{_corpse(past)}, nobody has it open, nothing holds it", _ON_ORPHAN[policy.orphaned]
+            VerdictKind.ORPHANED,
+            f"{_corpse(past)}, nobody has it open, nothing holds it",
+            _ON_ORPHAN[policy.orphaned],
+            rule="orphaned",
         )
     )
 
@@ -158,39 +269,44 @@ def _in_transition(seen: Observation, past: History, now: float) -> Verdict | No
         return None
     lasted = now - past.phase_since
     if lasted < SETTLING:
-        return Verdict(_on_its_way(past), "DEAD, its disk still there: in transition", look_again_in=_soon(lasted))
-    return Verdict(VerdictKind.UNKNOWN, f"DEAD with a disk for {_span(lasted)}", Action.ALERT, look_again_in=5.0)
+        reason = "DEAD, its disk still there: in transition"
+        return Verdict(_on_its_way(past), reason, look_again_in=_soon(lasted), rule="in-transition")
+    reason = f"DEAD with a disk for {_span(lasted)}"
+    return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0, rule="dead-with-disk")
 
 
 def _in_use(seen: Observation, past: History, now: float) -> Verdict | None:
     if seen.usage is None:
-        return Verdict(VerdictKind.UNKNOWN, "DEAD; nobody looked who has it open", Action.ALERT, look_again_in=1.0)
+        reason = "DEAD; nobody looked who has it open"
+        return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=1.0, rule="openers-unknown")
     if seen.usage.char_openers:
         opener = seen.usage.char_openers[0]
         doing = "not yet closed by" if past.was_live else "being set up by"
         reason = f"DEAD, {doing} {opener}, which has its char device open"
-        return Verdict(_on_its_way(past), reason, look_again_in=_soon(now - past.phase_since, at_most=15.0))
+        wait = _soon(now - past.phase_since, at_most=15.0)
+        return Verdict(_on_its_way(past), reason, look_again_in=wait, rule="open")
     if seen.char_device is None:
         reason = f"DEAD, and its node is missing: mknod /dev/ublkc{seen.dev_id} c {_numbers(seen.identity.char_rdev)}"
-        return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0)
+        return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0, rule="node-missing")
     return None
 
 
 def _grace(past: History, policy: Policy, now: float) -> Verdict | None:
     """None when the grace is over. A server may delete for itself, or not have opened its new device yet."""
     if past.seen_idle_since is None or past.idle_since is None:
-        return Verdict(
-            _on_its_way(past), "DEAD, its idle time only begins", look_again_in=max(policy.orphan_grace, 0.02)
-        )
+        reason = "DEAD, its idle time only begins"
+        return Verdict(_on_its_way(past), reason, look_again_in=max(policy.orphan_grace, 0.02), rule="orphan-grace")
     settled_in = past.seen_idle_since + policy.orphan_grace - now
     set_up_in = 0.0 if past.was_live else past.idle_since + policy.setup_grace - now
     if set_up_in > 0:
         left = f"{_span(set_up_in)} of {_span(policy.setup_grace)} left"
         reason = f"added, never seen LIVE, open nowhere; its server has {left} to open it"
-        return Verdict(_on_its_way(past), reason, look_again_in=max(set_up_in, settled_in))
+        wait = max(set_up_in, settled_in)
+        return Verdict(_on_its_way(past), reason, look_again_in=wait, rule="setup-grace", then="it is an orphan")
     if settled_in > 0:
         reason = f"{_corpse(past)}, open nowhere; watched for {_span(policy.orphan_grace)} before that is believed"
-        return Verdict(_on_its_way(past), reason, look_again_in=settled_in)
+        then = "it is an orphan"
+        return Verdict(_on_its_way(past), reason, look_again_in=settled_in, rule="orphan-grace", then=then)
     return None
 
 
@@ -198,7 +314,8 @@ def _paused(past: History, now: float) -> Verdict | None:
     if now >= past.paused_until:
         return None
     reason = f"{_corpse(past)}; {past.pause_reason}"
-    return Verdict(VerdictKind.ORPHANED, reason, Action.ALERT, look_again_in=past.paused_until - now)
+    wait = past.paused_until - now
+    return Verdict(VerdictKind.ORPHANED, reason, Action.ALERT, wait, "paused", "another attempt to delete it")
 
 
 def _held(seen: Observation, past: History, policy: Policy, *, waits_for_ever: bool) -> Verdict | None:
@@ -206,11 +323,12 @@ def _held(seen: Observation, past: History, policy: Policy, *, waits_for_ever: b
     if seen.usage and seen.usage.holders:
         reason = f"{_corpse(past)}; its id stays taken until {_list(seen.usage.holders)} lets go"
         if waits_for_ever:
-            return Verdict(VerdictKind.PINNED, f"{reason}; then it can be deleted", Action.ALERT, look_again_in=5.0)
-        return Verdict(VerdictKind.PINNED, reason, _ON_ORPHAN[policy.orphaned])
+            reason = f"{reason}; then it can be deleted"
+            return Verdict(VerdictKind.PINNED, reason, Action.ALERT, look_again_in=5.0, rule="pinned")
+        return Verdict(VerdictKind.PINNED, reason, _ON_ORPHAN[policy.orphaned], rule="pinned")
     if waits_for_ever and not (seen.usage and seen.usage.complete):
         reason = "DEAD; this kernel's DEL_DEV would block every other one if a holder had been overlooked"
-        return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0)
+        return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0, rule="holders-unknown")
     return None
 
 
@@ -220,12 +338,14 @@ def _deleted(seen: Observation, past: History, now: float) -> Verdict:
     if seen.usage and seen.usage.holders:
         reason = f"deleted; its id frees itself when {_list(seen.usage.holders)} lets go"
     elif lasted < LETTING_GO:
-        return Verdict(VerdictKind.CLOSING, "deleted; the kernel is letting go of it", look_again_in=_soon(lasted))
+        reason = "deleted; the kernel is letting go of it"
+        return Verdict(VerdictKind.CLOSING, reason, look_again_in=_soon(lasted), rule="deleted")
     elif seen.usage and seen.usage.char_openers:
         reason = f"deleted; its id frees itself when {seen.usage.char_openers[0]} closes its char device"
     else:
         reason = "deleted; its id frees itself when a holder that cannot be seen lets go"
-    return Verdict(VerdictKind.PINNED, reason, Action.ALERT, look_again_in=min(max(lasted / 4, 0.25), 5.0))
+    wait = min(max(lasted / 4, 0.25), 5.0)
+    return Verdict(VerdictKind.PINNED, reason, Action.ALERT, look_again_in=wait, rule="deleted-and-held")
 
 
 def _alive(server: Server | None) -> bool:
@@ -259,3 +379,43 @@ def _list(holders: tuple[Holder, ...]) -> str:
 
 def _numbers(rdev: tuple[int, int] | None) -> str:
     return f"{rdev[0]} {rdev[1]}" if rdev else "MAJOR MINOR"
+
+
+WHAT_WOULD_CHANGE_IT = {
+    "on-hold": "duende-ublkd release, or the end of the hold",
+    "overdue": "the command's answer, and nothing else; a person can look for what it waits for: dmesg, /proc/PID/stack",
+    "no-answer": "an answer of the driver to GET_DEV_INFO",
+    "strange-state": "a version of duende-ublkd that knows the state",
+    "served": "the death of that process, or its closing the device",
+    "served-unseen": "the kernel's state; a look with CAP_SYS_PTRACE in the host's pid namespace would name the server",
+    "death-unnoticed": "the kernel noticing the death, within 30 s of it",
+    "death-never-noticed": "the end of whoever still has the char device open; a blocked request; else a reboot",
+    "being-stopped": "the end of the STOP_DEV that somebody has sent",
+    "stop-stuck": "the end of the STOP_DEV, which waits for I/O of the former server",
+    "being-started": "the disk's arrival, or START_DEV's failure",
+    "stray-state": "START_DEV by its server; or its owner, who knows whether a server is behind it, deleting it",
+    "taken": "the new server finishing the recovery, or letting go",
+    "recovery-runs": "the device being served, or the end of the command or of its time",
+    "deadline-open": "a new server: START_USER_RECOVERY and END_USER_RECOVERY",
+    "deadline-over": 'a new server; unserved = "recover" or "delete" in the configuration',
+    "backoff": "a new server, whoever starts it",
+    "given-up": "a new server, whoever starts it; or, when the cause is mended, duende-ublkd release: attempts begin anew",
+    "to-be-recovered": "a new server that is quicker",
+    "not-yet-given-up": "a new server",
+    "held": "a new server; or every holder letting go (umount, swapoff, closing it), and then it is deleted",
+    "holders-unknown": "a look that can see every process: CAP_SYS_PTRACE in the host's pid namespace",
+    "to-be-given-up": "a new server that is quicker, or somebody opening its disk",
+    "in-transition": "the kernel finishing what is under way",
+    "dead-with-disk": "the kernel taking the disk away",
+    "openers-unknown": "a look at who has it open",
+    "open": "that process closing the char device, or starting the device",
+    "node-missing": "the node being made anew: its exclusive open is the lock for a deletion",
+    "setup-grace": "its server opening it",
+    "orphan-grace": "anybody opening it, or its server deleting it",
+    "paused": "the pause being over",
+    "pinned": "the holder letting go: umount, swapoff, closing it",
+    "deleted": "the last reference going",
+    "deleted-and-held": "the holder letting go; the id then frees itself",
+    "orphaned": "anybody opening it",
+}
+"""What it takes for another verdict, by rule."""

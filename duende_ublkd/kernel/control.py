@@ -211,18 +211,19 @@ class Control:
                     dev_id=about,
                 )
             except CommandOverdueError:
-                self._report(command, "overdue", began)
+                self.note(command.name, "overdue", time.monotonic() - began)
                 raise
-        self._report(command, _result_name(completion.result), began)
+        self.note(command.name, _result_name(completion.result), time.monotonic() - began)
         if completion.result < 0:
             raise abi.error_of(command, about, completion.result)
         if not legacy and command.has_legacy:
             self._encoding_proven = True
         return completion.result
 
-    def _report(self, command: Command, result: str, began: float) -> None:
+    def note(self, name: str, result: str, seconds: float) -> None:
+        """Count a command, also one that a child has sent."""
         if self._on_command:
-            self._on_command(command.name, result, time.monotonic() - began)
+            self._on_command(name, result, seconds)
 
     @contextlib.contextmanager
     def _control_device(self) -> Iterator[int]:

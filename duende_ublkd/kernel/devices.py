@@ -11,6 +11,8 @@ Facts that shape it:
   for every id up to the highest known one and some more.
 - DEL_DEV waits for every open file, ours too: it is sent with the device open, so that its id cannot be reused before the
   kernel has looked it up, and the device is closed once the node is gone.
+- STOP_DEV of a device whose disk is there can end in an uninterruptible sleep (del_gendisk), and so can an open of its
+  block node (open_mutex): both are a child's to do, which was started before it was needed.
 """
 
 from __future__ import annotations
@@ -28,19 +30,22 @@ from duende_ublkd.core.errors import (
     BusyError,
     CommandError,
     CommandOverdueError,
+    HeldError,
     KernelUnavailableError,
     NoSuchDeviceError,
     UnsupportedError,
 )
-from duende_ublkd.core.model import Disk, DriverFacts, Identity, Observation
+from duende_ublkd.core.model import Disk, DriverFacts, Feature, Identity, Observation
 from duende_ublkd.core.policy import Traits
 from duende_ublkd.kernel import abi
+from duende_ublkd.kernel.children import Children, Command, CommandOrder, Credentials
 from duende_ublkd.kernel.control import Control, kernel_version
 from duende_ublkd.kernel.holders import Sweeper, Target
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
+    from duende_ublkd.core.config import Recovery
     from duende_ublkd.core.model import DevInfo, Usage
 
 SYSFS_CLASS = "/sys/class/ublk-char"
@@ -62,8 +67,10 @@ Rdevs = frozenset[tuple[int, int]]
 class UblkKernel:
     """The running kernel, through a ring of the running event loop."""
 
-    def __init__(self, control: Control, sweeper: Sweeper) -> None:
+    def __init__(self, control: Control, sweeper: Sweeper, children: Children) -> None:
         self.control = control
+        self.children = children
+        self.users: Mapping[str, Credentials] = {}  # who recovery commands run as, looked up when they were configured
         self.saw_disk: Callable[[int], bool] = lambda _: False  # the daemon, which hears uevents, knows better
         self._sweeper = sweeper
         version = kernel_version(os.uname().release)
@@ -110,6 +117,13 @@ class UblkKernel:
             yield claim
         finally:
             claim.release()
+
+    def run_command(
+        self, dev_id: int, argv: tuple[str, ...], environment: Mapping[str, str], rule: Recovery
+    ) -> Command:
+        """Start a recovery command in a child. DuendeError: there is no child to be had."""
+        user = self.users[rule.user] if rule.user else None
+        return self.children.run(CommandOrder(dev_id, argv, environment, rule.timeout, user))
 
     async def _observe_one(self, dev_id: int) -> Observation | None:
         for _ in range(_STABLE_READS):
@@ -160,6 +174,30 @@ class UblkClaim:
         """Look once more at what the claim pins. None: the id is free."""
         seen = await self._kernel.observe([self._dev_id])
         return seen[0] if seen else None
+
+    async def stop(self, seen: Observation) -> None:
+        """Stop a device that waits for a server, which fails its waiting I/O and takes its disk away.
+
+        HeldError: its disk is mounted, swapped on, claimed or (7.0) open. NoSuchDeviceError: it has no disk any more.
+        CommandOverdueError: the stop still runs, in a child that nobody waits for.
+        """
+        if seen.disk is None:
+            raise NoSuchDeviceError("STOP_DEV", self._dev_id, errno.ENODEV, "it has no disk any more")
+        control = self._kernel.control
+        safely = bool(await control.features() & Feature.SAFE_STOP_DEV)
+        began, result = time.monotonic(), "overdue"
+        try:
+            await self._kernel.children.stop_device(
+                self._dev_id, seen.disk.rdev, try_first=safely, deadline=control.deadline
+            )
+            result = "ok"
+        except CommandError as error:
+            result = errno.errorcode.get(error.errno, str(error.errno))
+            if isinstance(error, BusyError):
+                raise HeldError(error.command, self._dev_id, error.errno, error.meaning) from error
+            raise
+        finally:
+            control.note("STOP_DEV", result, time.monotonic() - began)
 
     async def delete(self, info: DevInfo) -> None:
         """Delete the device and release the claim. The id is free when the last holder lets go.

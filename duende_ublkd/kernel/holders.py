@@ -254,7 +254,7 @@ class _Sweep:
     def __init__(self, targets: Mapping[int, Target], proc: str, sys: str, node: NodeOf, progress: Progress) -> None:
         self._targets = dict(targets)
         self._proc, self._sys, self._node, self._progress = proc, sys, node, progress
-        self._complete = True
+        self._blind = ""  # what could not be looked at first
         self._finds = {dev_id: _Finds() for dev_id in self._targets}
         self._owners: dict[Rdev, str | None] = {}
         self._by_char = {t.char_rdev: t.dev_id for t in self._targets.values() if t.char_rdev}
@@ -280,19 +280,23 @@ class _Sweep:
         self._look_at_stacks()
         self._look_at_live_filesystems()
         if self._namespaces_named - {body.namespace for body in bodies}:
-            self._complete = False  # kept by a bind mount or a descriptor alone, no process to look through
+            self._overlook()  # kept by a bind mount or a descriptor alone, no process to look through
 
     def usage(self, dev_id: int) -> Usage:
         finds = self._finds[dev_id]
         holders = list(finds.holders)
         if len(holders) > MOST_HOLDERS:
             holders[MOST_HOLDERS:] = [Holder("holder", f"and {len(holders) - MOST_HOLDERS} more")]
-        return Usage(tuple(finds.openers.values()), tuple(holders), self._complete)
+        return Usage(tuple(finds.openers.values()), tuple(holders), not self._blind, self._blind)
 
     def _note(self, at: str) -> None:
         if self._progress.give_up:
             raise GaveUpError
         self._progress.at = at
+
+    def _overlook(self) -> None:
+        """Evidence could not be had: what is not found need not be missing."""
+        self._blind = self._blind or self._progress.at or "own privileges"
 
     def _hold(self, dev_id: int, kind: str, what: str) -> None:
         self._finds[dev_id].holders[Holder(kind, printable(what, _NAME_LIMIT))] = None
@@ -307,10 +311,10 @@ class _Sweep:
             data = read_whole(path, limit)
         except OSError as error:
             if self._denied(error):
-                self._complete = False
+                self._overlook()
             return None
         if len(data) >= limit:
-            self._complete = False
+            self._overlook()
         return data
 
     def _list(self, path: str) -> list[str]:
@@ -318,7 +322,7 @@ class _Sweep:
             return sorted(os.listdir(path))
         except OSError as error:
             if self._denied(error):
-                self._complete = False
+                self._overlook()
             return []
 
     # Can this process see everybody?
@@ -337,7 +341,7 @@ class _Sweep:
         ]
         hides = any(option.startswith("hidepid=") and option not in {"hidepid=0", "hidepid=off"} for option in options)
         if not first or "subset=pid" in options or (hides and not self._may_trace()):
-            self._complete = False
+            self._overlook()
 
     def _may_trace(self) -> bool:
         found = re.search(rb"^CapEff:\s*([0-9a-f]+)$", self._read(f"{self._proc}/self/status") or b"", re.MULTILINE)
@@ -370,7 +374,7 @@ class _Sweep:
             except OSError as error:
                 name = None
                 if self._denied(error):
-                    self._complete = False
+                    self._overlook()
             self._owners[rdev] = name
         return self._owners[rdev]
 
@@ -402,7 +406,7 @@ class _Sweep:
         try:
             names = os.listdir(self._proc)
         except OSError:
-            self._complete = False
+            self._overlook()
             return []
         return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
@@ -431,10 +435,11 @@ class _Sweep:
 
     def _withheld(self, pid: int) -> None:
         """A process that may not be looked into; a kernel thread has nothing to see."""
-        if self._complete:
+        if not self._blind:
             flags = (self._read(f"{self._proc}/{pid}/stat") or b"").rpartition(b")")[2].split()
             kernel_thread = len(flags) > 6 and flags[6].isdigit() and int(flags[6]) & _PF_KTHREAD  # noqa: PLR2004 - field 9
-            self._complete = bool(kernel_thread)
+            if not kernel_thread:
+                self._overlook()
 
     # Mounts
 
@@ -535,7 +540,7 @@ class _Sweep:
             node = self._node(directory, name, "")
         except OSError as error:
             if self._denied(error):
-                self._complete = False
+                self._overlook()
             return
         if node is not None:
             self._look_at_node(body, name, "", node)
@@ -653,7 +658,13 @@ class Sweeper:
         found: dict[int, Usage] | None = await self._have_done(
             lambda progress: self._work(wanted, progress=progress), deadline_s
         )
-        return {dev_id: Usage(complete=False) for dev_id in wanted} if found is None else found
+        if found is None:
+            where = self.stuck_at
+            blind = (
+                f"the look at /proc is stuck at {where}" if where else f"the look at /proc took over {deadline_s:g} s"
+            )
+            return {dev_id: Usage(complete=False, blind=blind) for dev_id in wanted}
+        return found
 
     async def inspect(self, pids: Iterable[int], deadline_s: float) -> dict[int, Server]:
         """`servers.inspect` of many by a deadline; of one that was not reached only the pid is known."""

@@ -1,4 +1,4 @@
-"""One io_uring ring, bound to the running event loop; the only file that imports liburing.
+"""One io_uring ring, bound to the running event loop.
 
 How it works: commands that arrive in one turn of the loop are written to the submission queue and go to the kernel in
 one system call; completions ring an eventfd that the loop reads. No thread, no polling, no sleep.
@@ -10,55 +10,32 @@ Rules:
    the caller gets CommandOverdueError; the late completion is collected and counted all the same.
 3. No more commands are in flight than the completion queue has room for; the rest wait their turn.
 
-liburing 2024.5.3 knows no 128-byte entries: a second mapping of them is written to instead. Its entries are handed out
-in order, so that the n-th one lies at (n & mask) * 128. Only its compiled parts are loaded: the package's own __init__
-scans site-packages and writes a cache there, which fails where /usr is read-only, and costs 4 MiB and most of the time.
+`binding` says what is special about an entry of 128 bytes.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import errno
-import importlib
-import importlib.util
 import itertools
-import mmap
 import os
-import sys
-import types
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from duende_ublkd.core.errors import CommandOverdueError, KernelUnavailableError
-from duende_ublkd.kernel import abi
+from duende_ublkd.kernel import abi, binding
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import liburing
 
 CANCEL_GRACE = 1.0  # seconds; an interruptible wait answers its cancellation in well under one millisecond
 CLOSE_GRACE = 1.0
 RETRY = 0.01  # seconds after which the kernel, short of memory, is offered the same entries again
 
 
-def _part_of_binding(name: str) -> types.ModuleType:
-    if "liburing" not in sys.modules:
-        spec = importlib.util.find_spec("liburing")
-        if spec is None or spec.submodule_search_locations is None:
-            raise ModuleNotFoundError("No module named 'liburing'", name="liburing")
-        package = types.ModuleType("liburing")
-        package.__path__ = list(spec.submodule_search_locations)
-        sys.modules["liburing"] = package
-    return importlib.import_module(f"liburing.{name}")
-
-
-_queue, _register = _part_of_binding("queue"), _part_of_binding("register")
-_errno = ctypes.CDLL(None)["__errno_location"]
-_errno.restype = ctypes.POINTER(ctypes.c_int)
+_why_no_ring = binding.why_no_ring
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,18 +95,18 @@ class Ring:
         self._loop = asyncio.get_running_loop()
         with contextlib.ExitStack() as undo:
             self._ring = _set_up(entries)
-            undo.callback(_queue.io_uring_queue_exit, self._ring)
-            self._entries = undo.enter_context(_map_entries(self._ring.ring_fd, entries))
+            undo.callback(binding.queue.io_uring_queue_exit, self._ring)
+            self._entries = undo.enter_context(binding.map_entries(self._ring.ring_fd, entries))
             self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             undo.callback(os.close, self._event)
-            _checked(_register.io_uring_register_eventfd, self._ring, self._event)
+            binding.checked(binding.register.io_uring_register_eventfd, self._ring, self._event)
             self._loop.add_reader(self._event, self._on_event)
             undo.callback(self._loop.remove_reader, self._event)
             self._give_back = undo.pop_all().close
         self._mask = entries - 1
         self._capacity = 2 * entries  # the kernel makes the completion queue twice as long as the submission queue
         self._tail = 0
-        self._cqe = _queue.io_uring_cqe()
+        self._cqe = binding.queue.io_uring_cqe()
         self._waiting: deque[_Flight] = deque()
         self._unsubmitted: deque[_Flight] = deque()  # written to the queue, and the kernel has not taken it yet
         self._in_flight: dict[int, _Flight] = {}
@@ -232,7 +209,7 @@ class Ring:
                 continue
             if flight.future and len(self._in_flight) >= self._capacity:
                 break  # cancellations go first and are exempt: they are what makes room
-            if not _queue.io_uring_get_sqe(self._ring):
+            if not binding.queue.io_uring_get_sqe(self._ring):
                 break
             self._write(self._waiting.popleft())
         return bool(self._unsubmitted)
@@ -251,7 +228,7 @@ class Ring:
         """One io_uring_enter; False when the kernel took nothing and wants to be asked again."""
         self._stats.system_calls += 1
         try:
-            sent = _checked(_queue.io_uring_submit, self._ring)
+            sent = binding.checked(binding.queue.io_uring_submit, self._ring)
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EBUSY, errno.EINTR):
                 raise
@@ -263,12 +240,12 @@ class Ring:
 
     def _on_event(self) -> None:
         os.eventfd_read(self._event)
-        if _queue.io_uring_cq_has_overflow(self._ring):
+        if binding.queue.io_uring_cq_has_overflow(self._ring):
             self._stats.overflows += 1  # and peeking at the queue's end makes the kernel hand out what did not fit
         # One at a time: the binding has room for a single completion's address.
-        while _queue.io_uring_peek_batch_cqe(self._ring, self._cqe, 1):
+        while binding.queue.io_uring_peek_batch_cqe(self._ring, self._cqe, 1):
             user_data, result = self._cqe.user_data, self._cqe.res
-            _queue.io_uring_cq_advance(self._ring, 1)
+            binding.queue.io_uring_cq_advance(self._ring, 1)
             self._complete(self._in_flight.pop(user_data), result)
         if self._waiting:
             self._plan_flush()
@@ -320,42 +297,9 @@ def _give_up(flight: _Flight, error: Exception) -> None:
         flight.future.set_exception(error)
 
 
-def _checked(call: Callable[..., int], *arguments: object) -> int:
-    """Call into liburing with a clean C errno: the binding believes a stale one over the error it was given."""
-    _errno()[0] = 0
-    return call(*arguments)
-
-
-def _set_up(entries: int) -> liburing.io_uring:
-    ring = _queue.io_uring()
+def _set_up(entries: int) -> Any:  # noqa: ANN401 - liburing has no types
     try:
-        _checked(_queue.io_uring_queue_init, entries, ring, abi.IORING_SETUP_SQE128)
+        return binding.set_up(entries)
     except OSError as error:
         message, hint = _why_no_ring(error.errno or 0)
         raise KernelUnavailableError(message, hint=hint) from error
-    return ring
-
-
-def _map_entries(ring_fd: int, entries: int) -> mmap.mmap:
-    return mmap.mmap(
-        ring_fd,
-        entries * abi.SQE_SIZE,
-        mmap.MAP_SHARED,
-        mmap.PROT_READ | mmap.PROT_WRITE,
-        offset=abi.IORING_OFF_SQES,
-    )
-
-
-def _why_no_ring(number: int) -> tuple[str, str]:
-    if number == errno.EPERM:
-        return (
-            "io_uring is disabled on this machine (kernel.io_uring_disabled)",
-            "sysctl kernel.io_uring_disabled=0  # or 1 with this group in kernel.io_uring_group",
-        )
-    if number == errno.ENOSYS:
-        return "this kernel has no io_uring", "use a kernel with CONFIG_IO_URING, 6.0 or newer"
-    if number == errno.EINVAL:
-        return "this kernel's io_uring has no 128-byte entries", "use kernel 6.0 or newer; see: uname -r"
-    if number == errno.ENOMEM:
-        return "no memory may be locked for an io_uring ring", "raise the limit: ulimit -l unlimited"
-    return f"io_uring cannot be set up: {os.strerror(number)}", "look at: dmesg | tail"

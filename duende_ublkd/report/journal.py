@@ -1,4 +1,7 @@
-"""The log: one line per thing that changed, with the verdict's sentence. A steady state is silent.
+"""The log and the journal: one line per thing that changed, with the verdict's sentence. A steady state is silent.
+
+An event is made once, from a pass's report; a line of the log and a record of the journal are two ways to keep it. What a
+person is called for is an event of its own in the journal, raised once per instance and verdict, and over once.
 
 WARNING: we changed the machine, or something needs a human. ERROR: we could not. INFO: we held back. On a service
 manager's stream each line starts with its priority (sd-daemon(3)); on a terminal with the time.
@@ -16,25 +19,22 @@ import queue
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from duende_ublkd.core.model import Action, Outcome, VerdictKind
+from duende_ublkd.core.model import Action, Event, EventKind, Level, Outcome, VerdictKind
 from duende_ublkd.core.text import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from duende_ublkd.core.model import Deed, Judged, PassReport
 
 log = logging.getLogger("duende_ublkd")
 
 _PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+_LEVELS = {Level.INFO: logging.INFO, Level.WARNING: logging.WARNING, Level.ERROR: logging.ERROR}
 _LINE_LIMIT = 2000
 _BACKLOG = 2000  # lines
-_DONE = {
-    Outcome.ALREADY_GONE: "was already gone",
-    Outcome.SPARED: "spared",
-    Outcome.DELETED_STILL_HELD: "deleted, its id still held",
-    Outcome.WOULD_DELETE: "would be deleted (dry run)",
-}
 
 
 class _ForServiceManager(logging.Formatter):
@@ -95,48 +95,139 @@ def set_up_logging() -> Outlet:
 
 
 class Journal:
-    """Writes what passes report."""
+    """Turns what passes report into events: each is a line of the log, and goes to `record`."""
 
-    def __init__(self) -> None:
+    def __init__(self, record: Callable[[Event], object] | None = None) -> None:
+        self._record = record or (lambda _: None)
         self._trouble = ""
+        self._alerts: dict[int, tuple[int | None, VerdictKind]] = {}  # id -> what a person was called for
+
+    def note(self, kind: EventKind, level: Level, text: str, dev_id: int | None = None, **facts: Any) -> None:  # noqa: ANN401 - JSON values
+        """One line, in the log and in the journal."""
+        log.log(_LEVELS[level], "%s", text)
+        self._write(kind, level, text, dev_id, facts)
 
     def intends(self, device: Judged) -> None:
-        """Before a destructive action."""
-        verdict = device.verdict
-        log.info("ublk%d is %s: %s; deleting it", device.seen.dev_id, verdict.kind.value, verdict.reason)
+        """Before something is done to a device."""
+        verdict, dev_id = device.verdict, device.seen.dev_id
+        deleting = verdict.action is not Action.RECOVER
+        doing = "deleting it" if deleting else "running its recovery command"
+        if deleting and verdict.kind is VerdictKind.UNSERVED:
+            doing = "stopping it"
+        text = f"ublk{dev_id} is {verdict.kind.value}: {verdict.reason}; {doing}"
+        kind = EventKind.ACTION if deleting else EventKind.RECOVERY
+        facts = {"phase": "before", "action": verdict.action.value, **facts_of(device)}
+        self.note(kind, Level.INFO, text, dev_id, **facts)
 
     def passed(self, report: PassReport) -> None:
         """After a pass or a deed."""
         if report.trouble != self._trouble and not report.is_deed:
             self._trouble = report.trouble
-            if report.trouble:
-                log.error("%s%s", report.trouble, f"; try: {report.hint}" if report.hint else "")
-            else:
-                log.info("the ublk driver answers again")
+            self._note_driver(report)
         for device in report.changed:
-            if device.verdict.action is Action.DELETE:
-                continue  # the deed has its own lines, before and after
-            level = _level(device)
-            log.log(level, "ublk%d is %s: %s", device.seen.dev_id, device.verdict.kind.value, device.verdict.reason)
+            self._note_verdict(device)
         reasons = {device.seen.dev_id: device.verdict.reason for device in report.gone}
         acted = {deed.dev_id for deed in report.deeds}
+        for device in report.gone:
+            self._end_alert(device.seen.dev_id, f"ublk{device.seen.dev_id} is gone")
         for dev_id in reasons.keys() - acted:
-            log.info("ublk%d is gone", dev_id)
+            self.note(EventKind.VERDICT, Level.INFO, f"ublk{dev_id} is gone", dev_id)
         for deed in report.deeds:
-            _write_deed(deed, reasons.get(deed.dev_id, ""))
+            level, text = _deed_line(deed, reasons.get(deed.dev_id, ""))
+            kind = EventKind.RECOVERY if deed.action is Action.RECOVER else EventKind.ACTION
+            self.note(kind, level, text, deed.dev_id, **_deed_facts(deed))
+
+    def _note_driver(self, report: PassReport) -> None:
+        if report.trouble:
+            hint = f"; try: {report.hint}" if report.hint else ""
+            self.note(EventKind.DAEMON, Level.ERROR, f"{report.trouble}{hint}")
+        else:
+            self.note(EventKind.DAEMON, Level.INFO, "the ublk driver answers again")
+
+    def _note_verdict(self, device: Judged) -> None:
+        dev_id, verdict = device.seen.dev_id, device.verdict
+        text = f"ublk{dev_id} is {verdict.kind.value}: {verdict.reason}"
+        if verdict.action in (Action.DELETE, Action.RECOVER):  # the deed has its own lines, before and after
+            self._write(EventKind.VERDICT, Level.INFO, text, dev_id, facts_of(device))
+        else:
+            self.note(EventKind.VERDICT, _level(device), text, dev_id, **facts_of(device))
+        called_for = (device.seen.identity.sysfs_inode, verdict.kind)
+        if verdict.action is not Action.ALERT:
+            self._end_alert(dev_id, text)
+        elif self._alerts.get(dev_id) != called_for:
+            self._end_alert(dev_id, text)
+            self._alerts[dev_id] = called_for
+            self._write(EventKind.ALERT, Level.WARNING, text, dev_id, {"state": "raised", **facts_of(device)})
+
+    def _end_alert(self, dev_id: int, text: str) -> None:
+        if called_for := self._alerts.pop(dev_id, None):
+            facts = {"state": "over", "instance": called_for[0], "verdict": called_for[1].value}
+            self._write(EventKind.ALERT, Level.INFO, text, dev_id, facts)
+
+    def _write(self, kind: EventKind, level: Level, text: str, dev_id: int | None, facts: dict[str, Any]) -> None:
+        self._record(Event(time.time(), kind, level, printable(text, _LINE_LIMIT), dev_id, facts))
 
 
-def _level(device: Judged) -> int:
+def facts_of(device: Judged) -> dict[str, Any]:
+    """What the journal keeps of a device, as JSON values."""
+    seen, verdict, server = device.seen, device.verdict, device.seen.server
+    return {
+        "instance": seen.identity.sysfs_inode,
+        "verdict": verdict.kind.value,
+        "rule": verdict.rule,
+        "reason": verdict.reason,
+        "kernel_state": seen.state_name,
+        "server": {"pid": server.pid, "comm": server.comm, "unit": server.unit, "alive": server.alive}
+        if server
+        else None,
+        "holders": [str(holder) for holder in seen.usage.holders] if seen.usage else None,
+        "attempts": device.trail.attempts,
+    }
+
+
+def _level(device: Judged) -> Level:
     needs_a_human = device.verdict.action is Action.ALERT or device.verdict.kind is VerdictKind.UNSERVED
-    return logging.WARNING if needs_a_human else logging.INFO
+    return Level.WARNING if needs_a_human and device.hold is None else Level.INFO
 
 
-def _write_deed(deed: Deed, reason: str) -> None:
-    if deed.outcome is None:
-        log.error("ublk%d could not be deleted: %s", deed.dev_id, deed.detail)
-    elif deed.outcome is Outcome.DELETED:
-        after = "" if deed.reaction is None else f", {deed.reaction * 1000:.0f} ms after the death was seen"
-        log.warning("ublk%d deleted: %s; id free again after %.0f ms%s", deed.dev_id, reason, deed.took * 1000, after)
-    else:
-        level = logging.WARNING if deed.outcome is Outcome.DELETED_STILL_HELD else logging.INFO
-        log.log(level, "ublk%d %s: %s", deed.dev_id, _DONE[deed.outcome], deed.detail)
+def _deed_line(deed: Deed, reason: str) -> tuple[Level, str]:
+    name = f"ublk{deed.dev_id}"
+    after = "" if deed.reaction is None else f", {deed.reaction * 1000:.0f} ms after the death was seen"
+    detail = f": {deed.detail}" if deed.detail else ""
+    match deed.outcome:
+        case None if deed.action is Action.RECOVER:
+            attempt = f"attempt {deed.facts['attempt']} of {deed.facts['attempts']}" if deed.facts else "not even tried"
+            return Level.ERROR, f"{name} could not be recovered, {attempt}{detail}"
+        case None:
+            return Level.ERROR, f"{name} could not be deleted{detail}"
+        case Outcome.DELETED:
+            return Level.WARNING, f"{name} deleted: {reason}; id free again after {deed.took * 1000:.0f} ms{after}"
+        case Outcome.RECOVERED:
+            return Level.WARNING, f"{name} recovered: served again after {deed.took * 1000:.0f} ms{after}"
+        case outcome:
+            level, done = _DONE[outcome]
+            return level, f"{name} {done}{detail}"
+
+
+_DONE = {
+    Outcome.DELETED_STILL_HELD: (Level.WARNING, "deleted, its id still held"),
+    Outcome.STOPPED: (Level.WARNING, "stopped"),
+    Outcome.RECOVERED_BY_ANOTHER: (Level.INFO, "is served again"),
+    Outcome.ALREADY_GONE: (Level.INFO, "was already gone"),
+    Outcome.SPARED: (Level.INFO, "spared"),
+    Outcome.WOULD_DELETE: (Level.INFO, "would be deleted (dry run)"),
+    Outcome.WOULD_RECOVER: (Level.INFO, "would be recovered (dry run)"),
+}
+
+
+def _deed_facts(deed: Deed) -> dict[str, Any]:
+    outcome = deed.outcome.value if deed.outcome else "failed"
+    return {
+        "phase": "after",
+        "action": deed.action.value,
+        "outcome": outcome,
+        "detail": deed.detail,
+        "took_s": round(deed.took, 3),
+        "reaction_s": None if deed.reaction is None else round(deed.reaction, 3),
+        **deed.facts,
+    }

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
@@ -19,11 +19,13 @@ from duende_ublkd import __version__
 from duende_ublkd.core.model import DriverFacts, Outcome, VerdictKind, feature_names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from prometheus_client.metrics_core import Metric
 
+    from duende_ublkd.core.holds import Hold
     from duende_ublkd.core.model import Judged, PassReport
+    from duende_ublkd.report.store import Store
 
 _PREFIX = "duende_ublkd"
 _COMMAND_BUCKETS = (0.0001, 0.0005, 0.001, 0.005, 0.02, 0.1, 0.5, 2.5, 10.0)
@@ -64,7 +66,7 @@ class Metrics:
         )
         self._reaction = Histogram(
             "reaction_seconds",
-            "From a server's death being seen to its id being free.",
+            "From a server's death being seen to its id being free, or to another server serving.",
             buckets=_REACTION_BUCKETS,
             namespace=_PREFIX,
             registry=self.registry,
@@ -88,10 +90,19 @@ class Metrics:
         """The exposition text of now."""
         return generate_latest(self.registry)
 
-    def read_from(self, *, overdue: Callable[[], int], locked: Callable[[], int]) -> None:
-        """What a scrape asks for itself: the number of overdue commands, and the bytes of locked memory."""
+    def read_from(
+        self,
+        *,
+        overdue: Callable[[], int],
+        locked: Callable[[], int],
+        store: Store | None = None,
+        holds: Callable[[], Sequence[Hold]] = tuple,
+    ) -> None:
+        """What a scrape asks for itself: overdue commands, bytes of locked memory, the journal's state, the holds."""
         self._snapshot.overdue = overdue
         self._snapshot.locked = locked
+        self._snapshot.store = store
+        self._snapshot.holds = holds
 
     def intends(self, device: Judged) -> None:
         """A deed is counted when it is done."""
@@ -111,7 +122,7 @@ class Metrics:
         for deed in report.deeds:
             outcome = deed.outcome.value if deed.outcome else "failed"
             self._actions.labels(deed.action.value, outcome).inc()
-            if deed.outcome is Outcome.DELETED and deed.reaction is not None:
+            if deed.outcome in (Outcome.DELETED, Outcome.RECOVERED) and deed.reaction is not None:
                 self._reaction.observe(deed.reaction)
 
     def _count_orphan(self, device: Judged) -> None:
@@ -144,6 +155,8 @@ class _Snapshot(Collector):
         self.driver = DriverFacts()
         self.overdue: Callable[[], int] = int
         self.locked: Callable[[], int] = int
+        self.store: Store | None = None
+        self.holds: Callable[[], Sequence[Hold]] = tuple
 
     def collect(self) -> Iterable[Metric]:
         devices = list(self.devices.values())
@@ -170,6 +183,30 @@ class _Snapshot(Collector):
             features.add_metric([name], {})
         yield features
         yield from _per_device(devices)
+        if self.store:
+            yield from _journal(self.store)
+        yield _holds(self.holds())
+
+
+def _journal(store: Store) -> Iterable[Metric]:
+    stats = store.stats
+    yield GaugeMetricFamily(f"{_PREFIX}_journal_up", "Whether the journal can be written.", value=not stats.trouble)
+    waiting = "Events that wait in memory to be written."
+    yield GaugeMetricFamily(f"{_PREFIX}_journal_waiting_events", waiting, value=stats.waiting)
+    events = CounterMetricFamily(f"{_PREFIX}_journal_events", "Events of the journal by outcome.", labels=["outcome"])
+    events.add_metric(["written"], stats.written)
+    events.add_metric(["dropped"], stats.dropped)
+    yield events
+
+
+def _holds(holds: Sequence[Hold]) -> Metric:
+    until = GaugeMetricFamily(
+        f"{_PREFIX}_hold_until_timestamp_seconds", "When a hold ends by itself.", labels=["dev_id"]
+    )
+    offset = time.time() - time.monotonic()
+    for hold in holds:
+        until.add_metric([str(hold.dev_id)], hold.until + offset)
+    return until
 
 
 def _per_device(devices: Iterable[Judged]) -> Iterable[Metric]:
@@ -178,11 +215,17 @@ def _per_device(devices: Iterable[Judged]) -> Iterable[Metric]:
     since = GaugeMetricFamily(
         f"{_PREFIX}_device_verdict_since_timestamp_seconds", "When the verdict began.", labels=["dev_id", "verdict"]
     )
+    attempts = GaugeMetricFamily(
+        f"{_PREFIX}_device_recovery_attempts", "Attempts since it was last served for long.", labels=["dev_id"]
+    )
     offset = time.time() - time.monotonic()
     for device in devices:
         seen = device.seen
         comm, unit = (seen.server.comm, seen.server.unit) if seen.server else ("", "")
         info.add_metric([str(seen.dev_id), seen.state_name, comm, unit], {})
         since.add_metric([str(seen.dev_id), device.verdict.kind.value], device.since + offset)
+        if device.trail.attempts:
+            attempts.add_metric([str(seen.dev_id)], device.trail.attempts)
     yield info
     yield since
+    yield attempts

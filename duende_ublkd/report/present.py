@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from duende_ublkd.core.model import feature_names
+from duende_ublkd.core.config import duration_text
+from duende_ublkd.core.model import Action, feature_names
+from duende_ublkd.core.policy import WHAT_WOULD_CHANGE_IT
 from duende_ublkd.core.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from duende_ublkd.core.config import ChosenPolicy
+    from duende_ublkd.core.holds import Hold
+    from duende_ublkd.core.ledger import History
     from duende_ublkd.core.model import Judged, Server
+    from duende_ublkd.core.trail import Trail
 
 
 def as_object(device: Judged) -> dict[str, Any]:
@@ -24,6 +31,7 @@ def as_object(device: Judged) -> dict[str, Any]:
         "verdict": device.verdict.kind.value,
         "reason": device.verdict.reason,
         "action": device.verdict.action.value,
+        "rule": device.verdict.rule,
         "kernel_state": seen.state_name,
         "flags": list(feature_names(info.flags)) if info else [],
         "queues": info.queues if info else None,
@@ -34,6 +42,8 @@ def as_object(device: Judged) -> dict[str, Any]:
         "since": _timestamp(device.since),
         "block_device": f"/dev/ublkb{seen.dev_id}" if seen.disk else None,
         "char_device": seen.char_device,
+        "hold": _hold_object(device.hold),
+        "recovery": _trail_object(device.trail),
     }
 
 
@@ -57,27 +67,136 @@ def table(devices: Sequence[Judged], width: int) -> str:
     return "\n".join(_line(row, widths, width) for row in rows)
 
 
-def explain(device: Judged, policy_source: str, policy_reason: str) -> str:
-    """Every fact of one device, and what follows from it."""
-    seen, info = device.seen, device.seen.info
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """All that led to one verdict. `remembered`: a daemon runs, and what it knows of earlier looks is in `history`."""
+
+    device: Judged
+    history: History
+    chosen: ChosenPolicy
+    remembered: bool = False
+
+
+def explanation_object(of: Explanation) -> dict[str, Any]:
+    """`explain --json`: the object of `list --json`, the policy, the time line, and what comes next."""
+    verdict, history = of.device.verdict, of.history
+    return {
+        **as_object(of.device),
+        "would_change_it": WHAT_WOULD_CHANGE_IT.get(verdict.rule, ""),
+        "next": {"in_s": verdict.look_again_in, "what": verdict.then or "it is looked at again"}
+        if verdict.look_again_in is not None
+        else None,
+        "policy": {
+            "source": of.chosen.source,
+            "reason": of.chosen.reason,
+            "settings": dict(_settings(of.chosen)),
+        },
+        "history": {
+            "from_daemon": of.remembered,
+            "first_seen": _timestamp(history.first_seen),
+            "state_since": _timestamp(history.phase_since),
+            "was_live": history.was_live,
+            "idle_since": None if history.idle_since is None else _timestamp(history.idle_since),
+            "death_seen": None if history.death_seen is None else _timestamp(history.death_seen),
+            "last_server": _server_object(history.server),
+        },
+    }
+
+
+def explain(of: Explanation) -> str:
+    """Every fact of one device, the rule that fired, what would change the verdict, and what happens when."""
+    device, history = of.device, of.history
+    seen, info, verdict = device.seen, device.seen.info, device.verdict
     facts: list[tuple[str, str]] = [
-        ("verdict", f"{device.verdict.kind.value}, for {age(time.monotonic() - device.since)}"),
-        ("because", device.verdict.reason),
-        ("action", device.verdict.action.value),
-        ("policy", f"{policy_source} ({policy_reason})"),
-        ("kernel state", seen.state_name),
+        ("verdict", f"{verdict.kind.value}, for {age(time.monotonic() - device.since)}"),
+        ("because", verdict.reason),
+        ("rule", verdict.rule),
+        ("action", verdict.action.value),
+        ("next", _next_sentence(device)),
+        ("changed by", WHAT_WOULD_CHANGE_IT.get(verdict.rule, "not known")),
+        ("policy", f"{of.chosen.source} ({of.chosen.reason})"),
+        ("settings", ", ".join(f"{name} = {value}" for name, value in _settings(of.chosen))),
+        ("recovery", _trail_sentence(of)),
+        ("hold", _hold_sentence(device.hold)),
+        ("kernel state", f"{seen.state_name}, for {age(time.monotonic() - history.phase_since)}"),
         ("flags", ", ".join(feature_names(info.flags)) or "none" if info else "not known"),
         ("queues", f"{info.queues} of depth {info.queue_depth}" if info else "not known"),
         ("owner", f"uid {info.owner_uid}, gid {info.owner_gid}" if info else "not known"),
         ("ublksrv_pid", _pid_sentence(device)),
+        ("last server", _last_server_sentence(history)),
         ("char device", _char_sentence(device)),
         ("block device", _disk_sentence(device)),
         ("held by", _holder_sentence(device)),
+        ("instance", f"sysfs inode {seen.identity.sysfs_inode}" if seen.identity.sysfs_inode else "deleted"),
         ("age", "not known" if seen.age is None else f"at least {age(seen.age)}"),
+        ("watched", _watched_sentence(of)),
     ]
-    if device.verdict.look_again_in is not None:
-        facts.append(("looks again", f"in {age(device.verdict.look_again_in)}"))
     return "\n".join([f"ublk{seen.dev_id}", *(f"  {name + ':':<14}{what}" for name, what in facts)])
+
+
+def _next_sentence(device: Judged) -> str:
+    verdict = device.verdict
+    if verdict.look_again_in is None:
+        return "nothing, until something changes" if verdict.action in (Action.NONE, Action.ALERT) else "now"
+    at = datetime.fromtimestamp(time.time() + verdict.look_again_in).astimezone()
+    return f"in {age(verdict.look_again_in)}, at {at:%H:%M:%S}: {verdict.then or 'it is looked at again'}"
+
+
+def _settings(chosen: ChosenPolicy) -> list[tuple[str, str]]:
+    policy = chosen.policy
+    settings = [
+        ("orphaned", policy.orphaned.value),
+        ("orphan_grace", duration_text(policy.orphan_grace)),
+        ("setup_grace", duration_text(policy.setup_grace)),
+        ("unserved", policy.unserved.value),
+        ("recovery_deadline", duration_text(policy.recovery_deadline)),
+    ]
+    if rule := policy.recover:
+        settings.append(("recover", printable(" ".join(rule.command))))
+    return settings
+
+
+def _trail_sentence(of: Explanation) -> str:
+    trail, rule = of.device.trail, of.chosen.policy.recover
+    if rule is None:
+        return "no command configured"
+    what = f"{trail.attempts} of {rule.attempts} attempts used up, each of {duration_text(rule.timeout)} at most"
+    if trail.is_running:
+        what += "; the last one runs"
+    elif trail.trouble:
+        what += f"; the last one failed: {trail.trouble}"
+    return what
+
+
+def _hold_object(hold: Hold | None) -> dict[str, Any] | None:
+    if hold is None:
+        return None
+    return {"until": _timestamp(hold.until), "uid": hold.uid, "why": hold.why}
+
+
+def _hold_sentence(hold: Hold | None) -> str:
+    if hold is None:
+        return "none"
+    who = f"uid {hold.uid}" if hold.uid else "root"
+    return f"for {age(hold.until - time.monotonic())} more, by {who}" + (f": {hold.why}" if hold.why else "")
+
+
+def _trail_object(trail: Trail) -> dict[str, Any] | None:
+    if not trail.attempts:
+        return None
+    return {"attempts": trail.attempts, "running": trail.is_running, "last_failure": trail.trouble or None}
+
+
+def _last_server_sentence(history: History) -> str:
+    if history.server is None:
+        return "never seen"
+    died = "" if history.death_seen is None else f", gone for {age(time.monotonic() - history.death_seen)}"
+    return f"{history.server}{died}"
+
+
+def _watched_sentence(of: Explanation) -> str:
+    first = age(time.monotonic() - of.history.first_seen)
+    return f"by the daemon for {first}" if of.remembered else "by this command alone; no daemon told of earlier looks"
 
 
 def age(seconds: float) -> str:
@@ -156,5 +275,6 @@ def _holder_sentence(device: Judged) -> str:
     usage = device.seen.usage
     if usage is None:
         return "nobody looked"
-    doubt = "" if usage.complete else " (not everything could be seen)"
+    blind = f": {usage.blind}" if usage.blind else ""
+    doubt = "" if usage.complete else f" (not everything could be seen{blind})"
     return (", ".join(map(str, usage.holders)) or "nothing") + doubt

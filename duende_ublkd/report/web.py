@@ -1,7 +1,15 @@
-"""HTTP on the daemon's own loop; the only file that imports aiohttp.
+"""HTTP on the daemon's own loop, over TCP and over a unix socket; the only file that imports aiohttp.
 
-Everything is rendered from the last pass: no request reaches the ring or the kernel, and a slow client waits for itself
-alone.
+Rules:
+1. Everything is rendered from the last pass, or asked of the source: no request reaches the ring or the kernel, and a slow
+   client waits for itself alone.
+2. Anybody may look. What changes something is taken over the unix socket alone, where the kernel tells the caller's uid;
+   over TCP all callers look alike. The source decides what a uid may do.
+3. A connection that brings no new request for a while is cut: one that is idle, that sends its request byte by byte, and
+   that does not read its answer are all the same. A follower of events is cut when it does not take a line for a while;
+   nothing is fetched for it meanwhile, so what it costs is one buffer.
+4. Each address has its own limit of clients, and root has places of its own on the unix socket: whoever fills one up locks
+   out neither the other's clients nor the administrator.
 """
 
 from __future__ import annotations
@@ -9,26 +17,48 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from typing import TYPE_CHECKING, Protocol
+import logging
+import math
+import re
+import socket
+import stat
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
 
-from duende_ublkd.core.errors import UsageError
-from duende_ublkd.report import present
+from duende_ublkd.core.config import MAX_DEV_ID
+from duende_ublkd.core.errors import DuendeError, UsageError
+from duende_ublkd.core.holds import DEFAULT_TIME, LONGEST_TIME, MOST_TEXT, SHORTEST_TIME, NotAllowedError
+from duende_ublkd.core.text import printable
+from duende_ublkd.report import objects, present
+from duende_ublkd.report.journal import log
 from duende_ublkd.report.metrics import Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 
+    from duende_ublkd.core.holds import Hold
     from duende_ublkd.core.model import Judged
+    from duende_ublkd.report.store import Record
 
-_BODY_LIMIT = 4096  # bytes; nothing here takes a body
+SOCKET_NAME = "api.sock"  # in the run directory
+MOST_EVENTS = 1000  # in one answer
+
+_BODY_LIMIT = 4096  # bytes
 _MOST_CLIENTS = 64  # connections at once; a further one is closed, so that no client can use up the descriptors
+_PLACES_OF_ROOT = 8  # further ones
 _GOODBYE = 1.0  # seconds for requests under way at the end
+_PATHS = "/api/v1/devices, /api/v1/holds, /api/v1/events, /metrics, /-/healthy, /-/ready"
+_SAME_OVER_SOCKET = f"or send the same request to the unix socket, /run/duende-ublkd/{SOCKET_NAME}"
 
 
 class Source(Protocol):
-    """What the pages are made from."""
+    """What the pages are made from, and who does what they ask for."""
 
     @property
     def devices(self) -> Mapping[int, Judged]:
@@ -38,44 +68,149 @@ class Source(Protocol):
     def is_ready(self) -> bool:
         """Whether a first full look is done, and the driver answered the last one."""
 
+    @property
+    def records(self) -> Mapping[int, Mapping[str, Any]]:
+        """What is known of the devices beyond the last look: for commands that look themselves."""
+
+    @property
+    def holds(self) -> Sequence[Hold]:
+        """The holds that are in force."""
+
+    def hold(self, dev_id: int, seconds: float, why: str, uid: int) -> Hold:
+        """Set or replace a hold. Raises UsageError; NotAllowedError: this user may not."""
+
+    def release(self, dev_id: int, uid: int) -> tuple[Hold | None, int]:
+        """End a hold, None: there was none, and forget so many attempts to recover. Raises as `hold` does."""
+
+    async def reload(self) -> str:
+        """Take the configuration anew; returns why the old one stays, or nothing."""
+
+    async def read_events(
+        self, *, after: int, limit: int, dev_id: int | None, since: float | None
+    ) -> tuple[list[Record], str]:
+        """The latest events that match, oldest first, and what is to be known about the list."""
+
+    def follow_events(self, after: int) -> AsyncIterator[Record]:
+        """Every event after this one, as they come. One that is missing is told of by the fact `missed` of another."""
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds that clients are given."""
+
+    patience: float = 60.0  # for the next request, and until an answer is read
+    heartbeat: float = 15.0  # of silence, until a follower gets an empty line
+    slowest: float = 15.0  # for a follower to take a line when its buffer is full
+
 
 class WebServer:
     """Serves one address until `close()`."""
 
-    def __init__(self, source: Source, metrics: Metrics) -> None:
+    def __init__(self, source: Source, metrics: Metrics, times: Times | None = None) -> None:
         self._source = source
         self._metrics = metrics
+        self._times = times or Times()
         self._runner: web.AppRunner | None = None
         self._server: asyncio.Server | None = None
+        self._socket_path: Path | None = None
+        self._ending = asyncio.get_running_loop().create_future()
+        self._reloads: set[asyncio.Task[str]] = set()
 
     async def listen(self, host: str, port: int) -> None:
         """Raises UsageError when the address cannot be had."""
-        app = web.Application(client_max_size=_BODY_LIMIT)
-        app.router.add_get("/metrics", self._get_metrics)
-        app.router.add_get("/-/healthy", self._get_healthy)
-        app.router.add_get("/-/ready", self._get_ready)
-        app.router.add_get("/api/v1/devices", self._get_devices)
-        runner = web.AppRunner(app, access_log=None, handle_signals=False, shutdown_timeout=_GOODBYE)
-        await runner.setup()
+        runner = await self._set_up()
         try:
-            self._server = await asyncio.get_running_loop().create_server(lambda: _admit(runner), host, port)
+            self._server = await asyncio.get_running_loop().create_server(
+                lambda: _Connection(runner, self._times.patience, is_local=False), host, port
+            )
         except OSError as error:
-            await runner.cleanup()
+            await self.close()
             raise UsageError(
                 f"cannot listen on {host}:{port}: {error.strerror}",
                 hint='set another address, or none with "": [http] listen = "127.0.0.1:10117"',
             ) from error
-        self._runner = runner
+
+    async def listen_local(self, path: str) -> None:
+        """On a unix socket, in place of one that a killed daemon left: the caller has the daemon's lock."""
+        runner = await self._set_up()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+        place = Path(path)
+        try:
+            _clear(place)
+            self._socket_path = place
+            _bind(listener, place)
+            self._server = await asyncio.get_running_loop().create_unix_server(
+                lambda: _Connection(runner, self._times.patience, is_local=True), sock=listener
+            )
+        except (OSError, UsageError) as error:
+            listener.close()
+            await self.close()
+            if isinstance(error, UsageError):
+                raise
+            why = error.strerror or str(error)
+            raise UsageError(f"cannot listen on {path}: {why}", hint=f"ls -ld {path} {place.parent}") from error
 
     async def close(self) -> None:
         """Stop listening; requests under way get a moment, and a client that does not read gets no more than that."""
+        if self._socket_path:
+            self._socket_path.unlink(missing_ok=True)
+            self._socket_path = None
         if self._server:
             self._server.close()
+        if not self._ending.done():
+            self._ending.set_result(None)
         if self._runner:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(2 * _GOODBYE):
                     await self._runner.cleanup()
             self._runner = None
+
+    async def _set_up(self) -> web.AppRunner:
+        app = web.Application(client_max_size=_BODY_LIMIT, middlewares=[self._guard])
+        for path, get in (
+            ("/metrics", self._get_metrics),
+            ("/-/healthy", self._get_healthy),
+            ("/-/ready", self._get_ready),
+            ("/api/v1/devices", self._get_devices),
+            ("/api/v1/records", self._get_records),
+            ("/api/v1/holds", self._get_holds),
+            ("/api/v1/events", self._get_events),
+        ):
+            app.router.add_get(path, get)
+        app.router.add_post("/api/v1/hold", self._post_hold)
+        app.router.add_post("/api/v1/release", self._post_release)
+        app.router.add_post("/-/reload", self._post_reload)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            handle_signals=False,
+            shutdown_timeout=_GOODBYE,
+            handler_cancellation=True,  # a follower that is gone leaves at once, not with the next event
+            auto_decompress=False,  # 4 KiB are 4 KiB
+            logger=_logger(),
+        )
+        await self._runner.setup()
+        return self._runner
+
+    @web.middleware
+    async def _guard(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        """Every error becomes an object with a sentence and a hint; a defect's traceback goes to the log alone."""
+        if connection := _connection_of(request):
+            connection.expect_more()
+        try:
+            return await handler(request)
+        except web.HTTPException as error:
+            return _refusal_of(request, error)
+        except DuendeError as error:
+            status = 403 if isinstance(error, NotAllowedError) else 400 if isinstance(error, UsageError) else 503
+            return _error(status, str(error), error.hint)
+        except ConnectionError:
+            raise  # there is nobody to tell any more
+        except Exception:  # noqa: BLE001 - whatever it is, a client is told in a sentence
+            log.exception("%s %s failed", request.method, printable(request.path))
+            return _error(500, "the daemon failed to answer; its log has the reason", "journalctl -u duende-ublkd")
 
     async def _get_metrics(self, _: web.Request) -> web.Response:
         return web.Response(body=self._metrics.render(), headers={"Content-Type": Metrics.content_type})
@@ -88,18 +223,324 @@ class WebServer:
         return web.Response(text="ready\n" if ready else "not ready\n", status=200 if ready else 503)
 
     async def _get_devices(self, _: web.Request) -> web.Response:
-        objects = [present.as_object(device) for device in self._source.devices.values()]
-        return web.json_response(objects, dumps=lambda value: json.dumps(value, ensure_ascii=False))
+        return _json([present.as_object(device) for device in self._source.devices.values()])
+
+    async def _get_records(self, _: web.Request) -> web.Response:
+        return _json([{"dev_id": dev_id, "record": record} for dev_id, record in self._source.records.items()])
+
+    async def _get_holds(self, _: web.Request) -> web.Response:
+        return _json([_hold_object(hold) for hold in self._source.holds])
+
+    async def _post_hold(self, request: web.Request) -> web.Response:
+        uid = self._uid_of(request, f"duende-ublkd hold ID, {_SAME_OVER_SOCKET}")
+        body = await _read_body(request, {"dev_id", "seconds", "why"})
+        hold = self._source.hold(_dev_id(body), _seconds(body), _why(body), uid)
+        return _json(_hold_object(hold))
+
+    async def _post_release(self, request: web.Request) -> web.Response:
+        uid = self._uid_of(request, f"duende-ublkd release ID, {_SAME_OVER_SOCKET}")
+        body = await _read_body(request, {"dev_id"})
+        released, attempts = self._source.release(_dev_id(body), uid)
+        return _json({"released": _hold_object(released) if released else None, "attempts_forgotten": attempts})
+
+    async def _post_reload(self, request: web.Request) -> web.Response:
+        command = "systemctl reload duende-ublkd"
+        if self._uid_of(request, f"{command}, {_SAME_OVER_SOCKET}") != 0:
+            raise NotAllowedError("only root may make the daemon reload its configuration", hint=f"sudo {command}")
+        reload = asyncio.ensure_future(self._source.reload())
+        self._reloads.add(reload)
+        reload.add_done_callback(self._end_reload)
+        problem = await asyncio.shield(reload)  # a caller who leaves does not leave half a configuration
+        if problem:
+            raise UsageError(problem, hint="duende-ublkd check-config")
+        return _json({"reloaded": True})
+
+    def _end_reload(self, reload: asyncio.Task[str]) -> None:
+        self._reloads.discard(reload)
+        if not reload.cancelled() and (defect := reload.exception()):
+            log.error("reloading failed", exc_info=defect)
+
+    async def _get_events(self, request: web.Request) -> web.StreamResponse:
+        query = request.query
+        if unknown := sorted(query.keys() - {"after", "limit", "dev_id", "since", "follow"}):
+            raise UsageError(
+                f"there is no parameter {printable(unknown[0])!r}", hint="after, limit, dev_id, since, follow"
+            )
+        after = _count(query, "after", 0, (1 << 63) - 1)
+        dev_id = _count(query, "dev_id", 0, MAX_DEV_ID) if "dev_id" in query else None
+        if _count(query, "follow", 0, 1):
+            return await self._follow(request, after, dev_id)
+        limit = _count(query, "limit", 100, MOST_EVENTS)
+        since = _epoch(query["since"]) if "since" in query else None
+        records, note = await self._source.read_events(after=after, limit=limit, dev_id=dev_id, since=since)
+        return _json({"events": [objects.event_object(record) for record in records], "note": note})
+
+    async def _follow(self, request: web.Request, after: int, dev_id: int | None) -> web.StreamResponse:
+        connection = _connection_of(request)
+        if connection is None:
+            raise ConnectionResetError("the client is gone")
+        connection.expect_nothing()
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
+        response.force_close()
+        await response.prepare(request)
+        events = self._source.follow_events(after)
+        async with contextlib.aclosing(self._lines(events, dev_id)) as lines:
+            async for line in lines:
+                try:
+                    async with asyncio.timeout(self._times.slowest):
+                        await response.write(line)
+                except (TimeoutError, ConnectionError):
+                    connection.cut()
+                    break
+        return response
+
+    async def _lines(self, events: AsyncIterator[Record], dev_id: int | None) -> AsyncGenerator[bytes, None]:
+        """A line for each event, and an empty one at first, so that the head is sent, and after each time of silence."""
+        loop = asyncio.get_running_loop()
+        yield b"\n"
+        silent_since = loop.time()
+        coming: asyncio.Task[Record | None] = asyncio.ensure_future(_next(events))
+        try:
+            while not self._ending.done():
+                left = silent_since + self._times.heartbeat - loop.time()
+                await asyncio.wait({coming, self._ending}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                line = b""
+                if coming.done():
+                    record = coming.result()
+                    if record is None:
+                        return
+                    if dev_id in (None, record.event.dev_id) or "missed" in record.event.facts:
+                        line = _dumps(objects.event_object(record)).encode() + b"\n"
+                    coming = asyncio.ensure_future(_next(events))
+                if line or loop.time() >= silent_since + self._times.heartbeat:
+                    yield line or b"\n"
+                    silent_since = loop.time()
+        except Exception:  # noqa: BLE001 - the answer has begun: it can only end
+            log.exception("events cannot be followed any further")
+        finally:
+            await _give_up(coming, events)
+
+    def _uid_of(self, request: web.Request, instead: str) -> int:
+        """Who asks. NotAllowedError: nobody can tell."""
+        connection = _connection_of(request)
+        if connection is None or connection.uid is None:
+            raise NotAllowedError("nobody can tell who asks here, so nothing can be changed from here", hint=instead)
+        return connection.uid
 
 
-class _Refusal(asyncio.Protocol):
-    """Closes the connection at once."""
+class _Connection(asyncio.Protocol):
+    """A client: let in or turned away, who it is, and how long its silence is borne. The rest is aiohttp's.
+
+    It counts when the connection is made, not when asyncio asks for a protocol: of many that come at once, each would be
+    the first then.
+    """
+
+    def __init__(self, runner: web.AppRunner, patience: float, *, is_local: bool) -> None:
+        self._runner = runner
+        self._patience = patience
+        self._is_local = is_local
+        self._transport: asyncio.Transport | None = None
+        self._http: asyncio.Protocol | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self.uid: int | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        transport.close()
+        if self._is_local:
+            self.uid = _peer_uid(transport)
+        places = _MOST_CLIENTS + (_PLACES_OF_ROOT if self.uid == 0 else 0)
+        server = self._runner.server
+        if server is None or len(server.connections) >= places or not isinstance(transport, asyncio.Transport):
+            transport.close()
+            return
+        self._transport = transport
+        self._http = server()
+        self._http.connection_made(transport)
+        self.expect_more()
+
+    def expect_more(self) -> None:
+        """Cut it unless another request comes in time."""
+        self.expect_nothing()
+        self._timer = asyncio.get_running_loop().call_later(self._patience, self.cut)
+
+    def expect_nothing(self) -> None:
+        """Leave it alone: somebody else looks after it."""
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+
+    def cut(self) -> None:
+        """Close it, and drop what it did not take."""
+        if self._transport:
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.expect_nothing()
+        self._transport = None
+        if self._http:
+            self._http.connection_lost(exc)
+            self._http = None
+
+    def data_received(self, data: bytes) -> None:
+        if self._http:
+            self._http.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return self._http.eof_received() if self._http else None
+
+    def pause_writing(self) -> None:
+        if self._http:
+            self._http.pause_writing()
+
+    def resume_writing(self) -> None:
+        if self._http:
+            self._http.resume_writing()
 
 
-def _admit(runner: web.AppRunner) -> asyncio.Protocol:
-    if runner.server is None or len(runner.server.connections) >= _MOST_CLIENTS:
-        return _Refusal()
-    return runner.server()
+def _connection_of(request: web.Request) -> _Connection | None:
+    protocol = request.transport.get_protocol() if request.transport else None
+    return protocol if isinstance(protocol, _Connection) else None
+
+
+def _peer_uid(transport: asyncio.BaseTransport) -> int | None:
+    """Of the process that connected, as it was then."""
+    size = struct.calcsize("3i")
+    try:
+        credentials = transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+        _, uid, _ = struct.unpack("iII", credentials)
+    except (OSError, AttributeError, struct.error):
+        return None
+    return int(uid)
+
+
+def _clear(path: Path) -> None:
+    """Make place for a socket."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise UsageError(f"{path} is in the way: it is not a socket", hint=f"see what it is: ls -ld {path}")
+        path.unlink()
+
+
+def _bind(listener: socket.socket, path: Path) -> None:
+    listener.bind(str(path))
+    path.chmod(0o666)  # anybody may look; before it listens, so that nobody finds it shut
+
+
+async def _next(events: AsyncIterator[Record]) -> Record | None:
+    try:
+        return await anext(events)
+    except StopAsyncIteration:
+        return None
+
+
+async def _give_up(coming: asyncio.Task[Record | None], events: AsyncIterator[Record]) -> None:
+    """Leave no task and no generator behind."""
+    coming.cancel()
+    await asyncio.wait({coming}, timeout=_GOODBYE)
+    if not coming.done():
+        return  # it runs still, and cannot be closed
+    if not coming.cancelled():
+        coming.exception()  # seen
+    if aclose := getattr(events, "aclose", None):
+        await aclose()
+
+
+def _logger() -> logging.Logger:
+    """What aiohttp logs, without what clients do wrong: anybody could fill the log with that."""
+    logger = logging.getLogger("duende_ublkd.http")
+    logger.addFilter(_is_ours)
+    return logger
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, HttpProcessingError | ConnectionError)
+
+
+def _dumps(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _json(value: object) -> web.Response:
+    return web.json_response(value, dumps=_dumps)
+
+
+def _error(status: int, sentence: str, hint: str) -> web.Response:
+    return web.json_response({"error": printable(sentence, 1000), "hint": hint}, status=status, dumps=_dumps)
+
+
+def _refusal_of(request: web.Request, error: web.HTTPException) -> web.Response:
+    """An error that aiohttp found, in our words."""
+    path = printable(request.path)
+    match error:
+        case web.HTTPNotFound():
+            return _error(404, f"there is nothing at {path}", _PATHS)
+        case web.HTTPMethodNotAllowed():
+            possible = ", ".join(sorted(error.allowed_methods))
+            answer = _error(405, f"{path} does not take {printable(request.method)}", f"possible here: {possible}")
+            answer.headers["Allow"] = possible
+            return answer
+        case web.HTTPRequestEntityTooLarge():
+            return _error(413, f"the body is longer than {_BODY_LIMIT} bytes", "send one JSON object")
+        case _:
+            return _error(error.status, f"{path}: {error.reason}", "")
+
+
+def _hold_object(hold: Hold) -> dict[str, Any]:
+    return objects.hold_object(hold, now=time.monotonic(), at=time.time())
+
+
+async def _read_body(request: web.Request, known: set[str]) -> dict[str, Any]:
+    hint = 'send a JSON object, such as {"dev_id": 3}'
+    try:
+        body = json.loads(await request.read())
+    except (ValueError, RecursionError) as error:
+        raise UsageError("the body is not JSON", hint=hint) from error
+    if not isinstance(body, dict):
+        raise UsageError("the body is not a JSON object", hint=hint)
+    if unknown := sorted(body.keys() - known):
+        raise UsageError(
+            f"there is no key {printable(unknown[0])!r}", hint=f"possible here: {', '.join(sorted(known))}"
+        )
+    return body
+
+
+def _dev_id(body: Mapping[str, Any]) -> int:
+    dev_id = body.get("dev_id")
+    if not isinstance(dev_id, int) or isinstance(dev_id, bool) or not 0 <= dev_id <= MAX_DEV_ID:
+        raise UsageError(f"dev_id has to be a number from 0 to {MAX_DEV_ID}", hint='{"dev_id": 3}')
+    return dev_id
+
+
+def _seconds(body: Mapping[str, Any]) -> float:
+    seconds = body.get("seconds", DEFAULT_TIME)
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not is_number or not SHORTEST_TIME <= seconds <= LONGEST_TIME:  # not a number is not between them either
+        raise UsageError(
+            f"seconds has to be a number from {SHORTEST_TIME:.0f} to {LONGEST_TIME:.0f}",
+            hint=f'{{"dev_id": 3, "seconds": {DEFAULT_TIME:.0f}}}',
+        )
+    return float(seconds)
+
+
+def _why(body: Mapping[str, Any]) -> str:
+    why = body.get("why", "")
+    if not isinstance(why, str):
+        raise UsageError("why has to be a text", hint='{"dev_id": 3, "why": "new kernel"}')
+    return printable(why, MOST_TEXT)
+
+
+def _count(query: Mapping[str, str], name: str, default: int, most: int) -> int:
+    text = query.get(name, str(default))
+    if not re.fullmatch("[0-9]{1,19}", text) or int(text) > most:
+        raise UsageError(f"{name} has to be a number from 0 to {most}", hint=f"{name}={default}")
+    return int(text)
+
+
+def _epoch(text: str) -> float:
+    try:
+        since = float(text)
+    except ValueError:
+        since = math.nan
+    if not math.isfinite(since):
+        raise UsageError("since has to be a number: seconds since the epoch", hint="since=$(date -d '1 hour ago' +%s)")
+    return since

@@ -19,7 +19,7 @@ from tests.server.harness import ServerError, ServerProcess, block_device, wait_
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
 
-    from duende_ublkd.reconcile import Kernel
+    from duende_ublkd.deeds import Kernel
 
 T = TypeVar("T")
 STEPS = ["after-params", "after-open"]

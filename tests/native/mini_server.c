@@ -1,8 +1,12 @@
 /*
  * mini_server [--id N] [--recovery] [--fail-io] [--flags BITS] [--depth N] [--size MIB] [--stop-after add|open|fetch]
- * mini_server --recover ID
+ * mini_server --recover ID [--stop-after add|open|fetch]
+ * ... [--backing FILE] [--lock] [--daemon] [--die-after SECONDS]
  *
- * A ublk server that shares no line with the project's own: one queue, one thread, reads give zeros, writes vanish.
+ * A ublk server that shares no line with the project's own: one queue, one thread. Reads give zeros and writes vanish,
+ * unless --backing names a file of the disk's size (mapped; on ramfs it cannot be swapped out).
+ * --lock: mlockall, and PR_SET_IO_FLUSHER, as whoever serves a swap has to. --daemon: serve in a forked child in a session
+ * of its own, and exit with 0 once it serves. --die-after: die so long after it began to serve (SIGALRM).
  * It says ADDED ID, LIVE ID (or RECOVERED ID), and then serves until a signal kills it; it never cleans up.
  * --stop-after: go no further than this stage of the set-up, and sleep (it says STAGE ID, in capitals).
  * SIGUSR1: answer no request from now on (it says HOLDING ID at the first one).
@@ -10,6 +14,8 @@
 #include <ctype.h>
 #include <getopt.h>
 #include <signal.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
 
 #include "uring.h"
 
@@ -49,6 +55,9 @@ struct server {
 	int control, node;
 	unsigned id, depth;
 	char *buffers;
+	char *disk;   /* the mapped backing, or NULL */
+	int told;     /* where a forked server says that it serves, or -1 */
+	unsigned die_after;
 	const struct ublksrv_io_desc *requests;
 };
 
@@ -60,14 +69,20 @@ static void fetch(struct server *server, unsigned op, unsigned tag, int result)
 	command->addr = (uintptr_t)(server->buffers + (size_t)tag * IO_SIZE);
 }
 
-static int answer(const struct ublksrv_io_desc *request, char *buffer)
+static int answer(const struct server *server, const struct ublksrv_io_desc *request, char *buffer)
 {
 	int size = request->nr_sectors << 9;
+	char *there = server->disk ? server->disk + (request->start_sector << 9) : NULL;
 	switch (ublksrv_get_op(request)) {
 	case UBLK_IO_OP_READ:
-		memset(buffer, 0, size);
+		if (there)
+			memcpy(buffer, there, size);
+		else
+			memset(buffer, 0, size);
 		return size;
 	case UBLK_IO_OP_WRITE:
+		if (there)
+			memcpy(there, buffer, size);
 		return size;
 	default: /* flush; nothing else was promised in the parameters */
 		return 0;
@@ -98,6 +113,50 @@ static void add(struct server *server, uint64_t flags, unsigned mebibytes)
 		fail("SET_PARAMS", -result);
 }
 
+/* Map the backing, made as large as the disk when it is new. */
+static void map_backing(struct server *server, const char *path, unsigned mebibytes)
+{
+	struct stat status;
+	int file = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0600);
+	if (file < 0 || fstat(file, &status) < 0)
+		fail(path, errno);
+	if (!status.st_size) {
+		status.st_size = (off_t)mebibytes << 20;
+		if (ftruncate(file, status.st_size) < 0)
+			fail("ftruncate", errno);
+	}
+	server->disk = mmap(NULL, status.st_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, file, 0);
+	if (server->disk == MAP_FAILED)
+		fail("mmap of the backing", errno);
+	close(file);
+}
+
+static void lock_memory(void)
+{
+	if (mlockall(MCL_CURRENT | MCL_FUTURE) < 0)
+		fail("mlockall", errno);
+	prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0); /* refused without CAP_SYS_RESOURCE: then without */
+}
+
+/* Go on in a child; the parent waits for its word and leaves. */
+static void become_daemon(struct server *server)
+{
+	int ends[2];
+	char word;
+	if (pipe(ends) < 0)
+		fail("pipe", errno);
+	pid_t child = fork();
+	if (child < 0)
+		fail("fork", errno);
+	if (child) {
+		close(ends[1]);
+		_exit(read(ends[0], &word, 1) == 1 ? 0 : 1);
+	}
+	setsid();
+	close(ends[0]);
+	server->told = ends[1];
+}
+
 static void open_queue(struct server *server)
 {
 	server->node = open_char_device(server->id);
@@ -120,12 +179,16 @@ static void serve(struct server *server, const char *started)
 				if (cqe.res < 0)
 					fail("START_DEV", -cqe.res);
 				say(started, server->id);
+				if (server->told >= 0 && write(server->told, "+", 1) == 1)
+					close(server->told);
+				if (server->die_after)
+					alarm(server->die_after);
 			} else if (cqe.res != UBLK_IO_RES_OK) {
 				open_tags--; /* the device goes */
 			} else if (holding) {
 				say("HOLDING", server->id);
 			} else {
-				int result = answer(&server->requests[tag], server->buffers + (size_t)tag * IO_SIZE);
+				int result = answer(server, &server->requests[tag], server->buffers + (size_t)tag * IO_SIZE);
 				fetch(server, UBLK_U_IO_COMMIT_AND_FETCH_REQ, tag, result);
 			}
 		}
@@ -136,13 +199,14 @@ int main(int argc, char **argv)
 {
 	static const struct option options[] = {
 		{ "id", 1, 0, 'i' }, { "recovery", 0, 0, 'r' }, { "fail-io", 0, 0, 'f' }, { "flags", 1, 0, 'F' },
-		{ "depth", 1, 0, 'd' }, { "size", 1, 0, 's' }, { "stop-after", 1, 0, 'S' }, { "recover", 1, 0, 'R' }, { 0 },
+		{ "depth", 1, 0, 'd' }, { "size", 1, 0, 's' }, { "stop-after", 1, 0, 'S' }, { "recover", 1, 0, 'R' },
+		{ "backing", 1, 0, 'b' }, { "lock", 0, 0, 'l' }, { "daemon", 0, 0, 'D' }, { "die-after", 1, 0, 'a' }, { 0 },
 	};
-	struct server server = { .id = -1, .depth = 16 };
+	struct server server = { .id = -1, .depth = 16, .told = -1 };
 	uint64_t flags = 0;
 	unsigned mebibytes = 64;
-	const char *last = NULL;
-	int recover = 0, option;
+	const char *last = NULL, *backing = NULL;
+	int recover = 0, lock = 0, daemon = 0, option;
 	while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
 		switch (option) {
 		case 'i': server.id = strtoul(optarg, NULL, 10); break;
@@ -153,10 +217,20 @@ int main(int argc, char **argv)
 		case 's': mebibytes = strtoul(optarg, NULL, 10); break;
 		case 'S': last = optarg; break;
 		case 'R': recover = 1, server.id = strtoul(optarg, NULL, 10); break;
+		case 'b': backing = optarg; break;
+		case 'l': lock = 1; break;
+		case 'D': daemon = 1; break;
+		case 'a': server.die_after = strtoul(optarg, NULL, 10); break;
 		default: return 2;
 		}
 	}
-	signal(SIGUSR1, hold);
+	signal(SIGUSR1, hold); /* SIGALRM ends it like any other death */
+	if (daemon)
+		become_daemon(&server);
+	if (backing)
+		map_backing(&server, backing, mebibytes);
+	if (lock)
+		lock_memory();
 	ring_open(&server.ring, 2 * MAX_DEPTH);
 	server.control = open_control();
 	if (recover) {

@@ -1,0 +1,581 @@
+"""The daemon's side of its disposable children: recovery commands, and what may end in an uninterruptible sleep.
+
+The nursery (`nursery.py`) is started before memory is locked and has children ready; each order goes to one of them,
+with one end of a socket pair that is this order's alone. Nothing here blocks, waits for a child, or starts a thread.
+
+Rules:
+1. A child acts only when told `go`. An order that is not taken by its deadline is given up here, and its child, which
+   finds the socket closed, does nothing.
+2. A hand that misses its deadline is left to itself. Its answer is collected whenever it comes.
+3. A recovery command is ended or kept by its caller's word; a supervisor without a daemon follows rules of its own.
+
+The daemon's unit has to leave these children alone when it stops (KillMode=process): one of them may be the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import grp
+import json
+import os
+import pwd
+import select
+import signal
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import duende_ublkd
+from duende_ublkd.core.errors import (
+    BusyError,
+    CommandError,
+    CommandOverdueError,
+    DuendeError,
+    KernelUnavailableError,
+    UsageError,
+)
+from duende_ublkd.core.text import printable
+from duende_ublkd.kernel import abi, binding, nursery
+from duende_ublkd.kernel.control import why_no_control_device
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+SPARES = 2
+MOST_ORDERS = 64  # under way at once, servers that were kept not counted
+TAKEN_IN = 2.0  # seconds for a hand to be found
+STARTED_IN = 10.0  # and for a command to be executed, which reads from disks
+NURSERY_IN = 10.0  # more for a nursery that has just been executed; on an emulated CPU it takes seconds
+MOST_LINES = 20  # of a command's output
+_ANSWER_GRACE = 1.0  # seconds that a supervisor has for its answer, beyond what it may take to kill
+_CLOSE_GRACE = 1.0  # the nursery ends in some milliseconds
+_MOST_MESSAGE = 64 << 10
+_NO_CHILD = "no child took the order"
+_LOOK = "look at: journalctl -u duende-ublkd; systemctl restart duende-ublkd"
+
+
+@dataclass(frozen=True, slots=True)
+class Credentials:
+    """Whose rights a command runs with."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CommandOrder:
+    """What to run. `environment` is all that it gets. `timeout`: seconds, and counts only if the daemon goes away."""
+
+    dev_id: int
+    argv: tuple[str, ...]
+    environment: Mapping[str, str]
+    timeout: float
+    user: Credentials | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """How a command ended. `status`: exit code, negative: signal; None: `trouble` says why there is none."""
+
+    status: int | None
+    output: str  # the last 4 KiB, at most 20 lines, each printable
+    output_bytes: int
+    trouble: str = ""
+
+
+class _Talk:
+    """One end of a socket pair in the event loop: messages, one by one, until the end (None)."""
+
+    def __init__(self, hear: Callable[[dict[str, Any] | None], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._hear = hear
+        self._socket, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._socket.setblocking(False)
+        self._loop.add_reader(self._socket, self._read)
+
+    def say(self, **message: object) -> None:
+        """Whether it is heard shows in what comes back."""
+        if self._socket.fileno() >= 0:
+            with contextlib.suppress(OSError):
+                self._socket.send(json.dumps(message).encode())
+
+    def close(self) -> None:
+        """Nothing is heard any more, and the other end sees it."""
+        if self._socket.fileno() >= 0:
+            self._loop.remove_reader(self._socket)
+            self._socket.close()
+        self.theirs.close()
+
+    def _read(self) -> None:
+        try:
+            raw = self._socket.recv(_MOST_MESSAGE)
+        except (BlockingIOError, ConnectionError):  # the latter is told once, before what was said before
+            return
+        if not raw:
+            self.close()
+        self._hear(json.loads(raw) if raw else None)
+
+
+class Command:
+    """One recovery command. The supervisor talks; whoever waits here may be cancelled without effect on it."""
+
+    def __init__(self, order: CommandOrder, done: Callable[[Command], None], patience: float) -> None:
+        """`patience`: seconds until it has to be started."""
+        self.pid: int | None = None
+        self.is_kept = False
+        self.talk = _Talk(self._hear)
+        self._order = order
+        self._done = done
+        self._unsaid: list[dict[str, object]] | None = []  # until it has been told to go
+        self._failure: DuendeError | None = None
+        self._end: Ended | None = None
+        self._left: str | None = None
+        self._serves: bool | None = None
+        self._is_over = False
+        self._changed = asyncio.Event()
+        self._patience = patience
+        loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = loop.call_later(patience, self._give_up)
+
+    async def started(self) -> None:
+        """Wait until it is executed; DuendeError says why it could not be."""
+        await self._until(lambda: self.pid is not None)
+        if self._failure:
+            raise self._failure
+
+    async def ended(self) -> Ended:
+        """Wait for the end of the command's own process; what it has started may go on."""
+        await self._until(lambda: self._end is not None)
+        if self._end:
+            return self._end
+        return Ended(None, "", 0, self._trouble())
+
+    def keep(self) -> None:
+        """The device is served again, perhaps by this command: no limits any more."""
+        self.is_kept = True
+        self._say(do="keep")
+
+    async def end(self, deadline: float = 5.0) -> str:
+        """End it and all that descends from it; empty: all gone, else a sentence on what is left and why.
+
+        Nothing is killed if one of them has another device's char device open.
+        """
+        if not self._is_over:
+            self._left = None
+            self._say(do="end", within=deadline)
+        try:
+            async with asyncio.timeout(deadline + _ANSWER_GRACE):
+                await self._until(lambda: self._left is not None)
+        except TimeoutError:
+            return f"its supervisor has not answered for {deadline + _ANSWER_GRACE:.3g} s"
+        return self._what_is_left()
+
+    async def has_open(self, dev_id: int) -> bool:
+        """Whether it or what descends from it has this order's char device open; True also when that cannot be told."""
+        if dev_id != self._order.dev_id:
+            raise ValueError(f"ublk{dev_id} is not what this command is for")
+        if self._is_over:
+            return self._end is None  # a supervisor ends after its last descendant
+        self._serves = None
+        self._say(do="who")
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_ANSWER_GRACE):
+                await self._until(lambda: self._serves is not None)
+        return self._serves is not False
+
+    def close(self) -> None:
+        """Stop listening; the supervisor goes on by itself."""
+        self.talk.close()
+        self._finish()
+
+    def _what_is_left(self) -> str:
+        if self._left is not None:
+            return printable(self._left, 500)
+        return "" if self._end or self.pid is None else self._trouble()  # a supervisor ends after its last descendant
+
+    def _trouble(self) -> str:
+        if self._failure:
+            return str(self._failure)
+        if self.is_kept:
+            return "it was kept and left to itself, and its end was not seen"
+        return "its supervisor is gone, and its end was not seen"
+
+    async def _until(self, condition: Callable[[], bool]) -> None:
+        while not condition() and not self._is_over:
+            await self._changed.wait()
+
+    def _tell(self) -> None:
+        """Wake whoever waits; the next change has an event of its own."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _say(self, **message: object) -> None:
+        if self._unsaid is None:
+            self.talk.say(**message)
+        else:
+            self._unsaid.append(message)
+
+    def _hear(self, message: dict[str, Any] | None) -> None:
+        if message is None:
+            if self.pid is None and self._failure is None:
+                self._failure = DuendeError(f"{self._name()} was not started: its child died", hint=_LOOK)
+            self._finish()
+        elif "taken" in message:
+            self._go()
+        elif "started" in message:
+            self.pid = message["started"]
+            self._stop_timer()
+        elif "exited" in message:
+            self._end = Ended(message["exited"], _shown(message["output"]), message["bytes"])
+        elif "trouble" in message:
+            self._failure = self._why_not_started(message)
+        elif "left" in message:
+            self._left = message["left"]
+        elif "serves" in message:
+            self._serves = message["serves"]
+        self._tell()
+
+    def _go(self) -> None:
+        self.talk.say(do="go")
+        for each in self._unsaid or ():
+            self.talk.say(**each)
+        self._unsaid = None
+
+    def _give_up(self) -> None:
+        self._timer = None
+        what = _NO_CHILD if self._unsaid is not None else "it could not be executed"
+        self._failure = DuendeError(f"{self._name()} was not started: {what} within {self._patience:.3g} s", hint=_LOOK)
+        self.close()
+
+    def _finish(self) -> None:
+        self._stop_timer()
+        if not self._is_over:
+            self._is_over = True
+            self._done(self)
+        self._tell()
+
+    def _stop_timer(self) -> None:
+        if self._timer:
+            self._timer.cancel()
+            self._timer = None
+
+    def _name(self) -> str:
+        return f"the recovery command {printable(self._order.argv[0])}"
+
+    def _why_not_started(self, message: dict[str, Any]) -> DuendeError:
+        number, step = message["errno"], printable(message["step"] or "")
+        hint = {
+            errno.ENOENT: "give the command's full path, or set PATH in its environment; its first line may name a "
+            "missing interpreter",
+            errno.EACCES: f"chmod +x {printable(self._order.argv[0])}  # and the user needs access to its directories",
+            errno.ENOEXEC: "a script starts with a line such as #!/bin/sh",
+            errno.EPERM: "changing the user takes CAP_SETUID and CAP_SETGID in the daemon's unit",
+        }.get(number, "run it by hand to see what it says")
+        about = "" if step == "run" else f" (at: {step})"
+        return DuendeError(f"{self._name()} cannot be run: {printable(message['trouble'])}{about}", hint=hint)
+
+
+def _shown(output: str) -> str:
+    """What a supervisor sent as one character for each byte."""
+    lines = output.encode("latin-1").decode(errors="replace").splitlines()
+    return "\n".join(printable(line.expandtabs()) for line in lines[-MOST_LINES:])
+
+
+class _Hand:
+    """One order that may sleep for ever."""
+
+    def __init__(self, dev_id: int, ended: Callable[[_Hand, dict[str, Any] | None], None]) -> None:
+        self.dev_id = dev_id
+        self.talk = _Talk(self._hear)
+        self.answer: dict[str, Any] | None = None
+        self.is_taken = False
+        self.is_over = False
+        self.is_given_up = False
+        self._ended = ended
+        self.changed = asyncio.Event()
+
+    async def until(self, condition: Callable[[], bool], deadline: float) -> bool:
+        """Whether it came about by the deadline."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline):
+                while not condition() and not self.is_over:
+                    self.changed.clear()
+                    await self.changed.wait()
+        return condition()
+
+    def _hear(self, message: dict[str, Any] | None) -> None:
+        if message is not None and "taken" in message:
+            self.is_taken = True
+            self.talk.say(do="go")
+        else:
+            self.is_over = True
+            self.answer = message
+            self.talk.close()
+            self._ended(self, message)
+        self.changed.set()
+
+
+class Children:
+    """Gives orders to the nursery's children. To be made in the running loop.
+
+    `on_late(command, dev_id, result)`: a hand that was given up has answered; -EINTR: it died, so the command is over.
+    `on_trouble(text)`: the nursery could not lock its memory.
+    """
+
+    def __init__(
+        self,
+        *,
+        on_late: Callable[[str, int, int], None] | None = None,
+        on_trouble: Callable[[str], None] | None = None,
+        lock_memory: bool = False,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._on_late = on_late
+        self._on_trouble = on_trouble
+        self._lock = lock_memory
+        self._orders: socket.socket | None = None
+        self._pid = 0
+        self._pidfd = -1
+        self._born = 0.0
+        self._commands: set[Command] = set()
+        self._hands: set[_Hand] = set()
+
+    @property
+    def nursery_pid(self) -> int | None:
+        """The nursery's pid while it runs."""
+        return self._pid or None
+
+    @property
+    def overdue(self) -> int:
+        """Hands that were given up and have not answered."""
+        return sum(hand.is_given_up and hand.is_taken for hand in self._hands)
+
+    def start(self) -> None:
+        """Execute the nursery, if none runs. Quick, and to be done before memory is locked."""
+        if self._orders and _has_ended(self._pidfd):
+            self._drop_nursery()
+        if self._orders:
+            return
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        try:
+            self._pid = _spawn_nursery(theirs, lock=self._lock)
+            self._pidfd = os.pidfd_open(self._pid)
+        except OSError as error:
+            ours.close()
+            raise DuendeError(
+                f"the daemon's children cannot be started: {error.strerror}", hint="look at: ulimit -u; free -m"
+            ) from error
+        finally:
+            theirs.close()
+        self._orders = ours
+        self._born = self._loop.time()
+        self._loop.add_reader(self._pidfd, self._drop_nursery)
+        self._loop.add_reader(ours, self._hear_nursery)
+
+    def run(self, order: CommandOrder) -> Command:
+        """Have a child run a command; DuendeError: no child can be had."""
+        user = order.user
+        self.start()
+        command = Command(order, self._commands.discard, self._patience(STARTED_IN))
+        self._commands.add(command)
+        try:
+            self._give(
+                command.talk,
+                do="run",
+                dev_id=order.dev_id,
+                argv=list(order.argv),
+                env=dict(order.environment),
+                timeout=order.timeout,
+                uid=user.uid if user else None,
+                gid=user.gid if user else None,
+                groups=list(user.groups) if user else None,
+            )
+        except BaseException:
+            command.close()
+            raise
+        return command
+
+    async def stop_device(self, dev_id: int, rdev: tuple[int, int], *, try_first: bool, deadline: float) -> None:
+        """STOP_DEV of a device whose disk nobody has claimed: not mounted, not swapped on, not under dm, md or loop.
+
+        `rdev`: of the disk that was looked at. `try_first`: the driver has UBLK_F_SAFE_STOP_DEV, and TRY_STOP_DEV then
+        spares a disk that is merely open, too. `deadline`: seconds for the answer, from when a hand has taken the order.
+        A recoverable device is privileged, so no node's path is sent.
+        Raises BusyError, NoSuchDeviceError, CommandError, CommandOverdueError, KernelUnavailableError.
+        """
+        self.start()
+        hand = _Hand(dev_id, self._hand_ended)
+        self._hands.add(hand)
+        try:
+            self._give(hand.talk, **_stop_order(dev_id, rdev, try_first=try_first))
+            if not await hand.until(lambda: hand.is_taken, self._patience(TAKEN_IN)):
+                raise DuendeError(f"STOP_DEV on ublk{dev_id} was not sent: {_NO_CHILD}", hint=_LOOK)
+            answered = await hand.until(lambda: hand.is_over, deadline)
+        finally:
+            hand.is_given_up = True
+            if not hand.is_taken:  # also when the caller was cancelled: nothing was done, nothing will be
+                hand.talk.close()
+                self._hands.discard(hand)
+        if not answered:
+            raise CommandOverdueError("STOP_DEV", dev_id, deadline)
+        _judge(dev_id, hand.answer)
+
+    def close(self) -> None:
+        """Give everything back. Commands and hands under way go on by themselves."""
+        for command in tuple(self._commands):
+            command.close()
+        for hand in tuple(self._hands):
+            hand.talk.close()
+        self._hands.clear()
+        if self._orders:
+            self._orders_closed()
+            _has_ended(self._pidfd, within=_CLOSE_GRACE)
+            self._drop_nursery()
+
+    def _patience(self, seconds: float) -> float:
+        return seconds + max(0.0, self._born + NURSERY_IN - self._loop.time())
+
+    def _give(self, talk: _Talk, **order: object) -> None:
+        assert self._orders  # noqa: S101 - for the type checker
+        busy = len(self._hands) + sum(not command.is_kept for command in self._commands)
+        if busy > MOST_ORDERS:
+            raise DuendeError(f"{MOST_ORDERS} commands are under way already", hint="look at: duende-ublkd list")
+        message = json.dumps(order).encode()
+        if len(message) > nursery.MOST_ORDER:
+            raise UsageError("the command and its environment are longer than 64 KiB", hint="put them into a script")
+        try:
+            socket.send_fds(self._orders, [message], [talk.theirs.fileno()])
+        except OSError as error:
+            raise DuendeError(f"{_NO_CHILD}: {error.strerror}", hint=_LOOK) from error
+        talk.theirs.close()
+
+    def _hand_ended(self, hand: _Hand, answer: dict[str, Any] | None) -> None:
+        self._hands.discard(hand)
+        if hand.is_given_up and hand.is_taken and self._on_late:
+            told = answer or {}
+            self._on_late(
+                told.get("command", "STOP_DEV"), hand.dev_id, told.get("result", -told.get("errno", errno.EINTR))
+            )
+
+    def _hear_nursery(self) -> None:
+        assert self._orders  # noqa: S101 - for the type checker
+        try:
+            raw = self._orders.recv(_MOST_MESSAGE)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            raw = b""
+        if not raw:
+            self._orders_closed()
+        elif self._on_trouble:
+            self._on_trouble(printable(json.loads(raw)["trouble"]))
+
+    def _orders_closed(self) -> None:
+        if self._orders and self._orders.fileno() >= 0:
+            self._loop.remove_reader(self._orders)
+            self._orders.close()
+
+    def _drop_nursery(self) -> None:
+        """It has ended, or has been told to; the next order starts another."""
+        self._orders_closed()
+        self._orders = None
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(self._pid, os.WNOHANG)
+        self._pid, self._pidfd = 0, -1
+
+
+def _has_ended(pidfd: int, *, within: float = 0.0) -> bool:
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(within * 1000))
+
+
+def _spawn_nursery(orders: socket.socket, *, lock: bool) -> int:
+    directories = dict.fromkeys([str(Path(duende_ublkd.__path__[0]).parent), binding.location()])
+    argv = [sys.executable, "-I", "-S", "-c", nursery.PROGRAM, str(SPARES), "lock" if lock else "free", *directories]
+    actions: list[Any] = [
+        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+        (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0),
+        (os.POSIX_SPAWN_DUP2, orders.fileno(), nursery.ORDER_FD),
+    ]
+    return os.posix_spawn(
+        sys.executable,
+        argv,
+        os.environ,
+        file_actions=actions,
+        setsid=True,
+        setsigmask=(),
+        setsigdef=signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP},
+    )
+
+
+def _stop_order(dev_id: int, rdev: tuple[int, int], *, try_first: bool) -> dict[str, object]:
+    """Entries as this side packs them; the hand puts the control device's descriptor in."""
+
+    def entry(cmd_op: int) -> str:
+        command = abi.CtrlCmd(dev_id).pack()
+        return abi.pack_sqe(abi.IORING_OP_URING_CMD, -1, 1, cmd_op=cmd_op, command=command).hex()
+
+    stop = abi.Command.STOP_DEV
+    return {
+        "do": "stop",
+        "node": abi.BLOCK_DEVICE.format(dev_id),
+        "control": abi.CONTROL_DEVICE,
+        "rdev": list(rdev),
+        "try": entry(abi.Command.TRY_STOP_DEV.encoded) if try_first else "",
+        "stop": [entry(stop.encoded), entry(stop.nr)],  # 6.0 to 6.3 know the plain number only
+    }
+
+
+def _judge(dev_id: int, answer: dict[str, Any] | None) -> None:
+    """Raise what a hand's answer means."""
+    name = abi.Command.STOP_DEV.name
+    if answer is None:
+        raise CommandError(name, dev_id, errno.EINTR, "its child died without an answer")
+    number = answer.get("errno", 0)
+    match answer.get("failed"):
+        case None:
+            if answer["result"] < 0:
+                raise abi.error_of(abi.Command[answer["command"]], dev_id, answer["result"])
+        case "ring":
+            message, hint = binding.why_no_ring(number)
+            raise KernelUnavailableError(message, hint=hint)
+        case "control":
+            message, hint = why_no_control_device(abi.CONTROL_DEVICE, number, os.uname().release, os.geteuid())
+            raise KernelUnavailableError(message, hint=hint)
+        case "send":
+            raise CommandError(name, dev_id, number, f"it cannot be sent: {os.strerror(number)}")
+        case _:
+            raise _why_not_claimed(name, dev_id, number)
+
+
+def _why_not_claimed(name: str, dev_id: int, number: int) -> CommandError:
+    node = abi.BLOCK_DEVICE.format(dev_id)
+    if number == errno.EBUSY:
+        return BusyError(name, dev_id, number, f"{node} is mounted, swapped on, or claimed by dm, md or loop")
+    meaning = {
+        errno.ENOTBLK: f"{node} is not a block device",
+        errno.ESTALE: f"{node} is not the disk that was looked at",
+    }.get(number, f"{node}: {os.strerror(number)}")
+    return CommandError(name, dev_id, number, meaning)
+
+
+def resolve_user(name_or_uid: str) -> Credentials:
+    """The rights of an account, supplementary groups included; UsageError if there is none."""
+    try:
+        account = pwd.getpwuid(int(name_or_uid)) if name_or_uid.isdecimal() else pwd.getpwnam(name_or_uid)
+    except (KeyError, OverflowError, ValueError):
+        shown = printable(name_or_uid)
+        raise UsageError(
+            f"there is no user {shown}", hint=f"getent passwd {shown}; to see all: getent passwd"
+        ) from None
+    groups = {account.pw_gid, *(each.gr_gid for each in grp.getgrall() if account.pw_name in each.gr_mem)}
+    return Credentials(account.pw_uid, account.pw_gid, tuple(sorted(groups)))

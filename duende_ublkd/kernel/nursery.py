@@ -1,0 +1,706 @@
+"""The daemon's disposable children: a program of its own, started before memory is short and kept small.
+
+The daemon runs `PROGRAM` with `python -I -S -c`, its order socket being descriptor 3. (As a script it would be compiled
+at each start, which takes 1.5 MiB that never come back.) It keeps some children forked ahead. They all wait on that
+socket; whichever gets an order does it, and another is forked. A child becomes a *supervisor*, which runs a recovery
+command, or a *hand*, which does what may sleep for ever.
+
+Rules:
+1. An order is a JSON message with one descriptor, on which its child talks to the daemon: `taken` there, `go` back, and
+   nothing is done without the `go`. So what the daemon has given up is never done later.
+2. Only a descendant of its own is ever signalled, through a pidfd opened before its descent was looked at. A process
+   group proves nothing; but a subreaper without children has no descendants, which is how "all gone" is known.
+3. A supervisor kills nobody who may serve a device: none of its command's processes, as soon as one has another device's
+   char device open, or cannot be looked into. Whom it spares it serves on: it reads their output until nobody is left
+   to write any, so that a server in the foreground neither blocks on a full pipe nor dies of a closed one.
+4. Without the daemon the order's own time limit counts, and then any open char device spares its process.
+5. The nursery and its spares end with the daemon's end of the order socket and by nothing else: a service manager that
+   signals the whole group would take the supervisor's pipe from a server. Children with an order go on. A nursery that
+   died leaves spares that still take orders, until the daemon has seen it and closes the socket.
+
+What it cannot see: a char device that is only mapped, or registered with an io_uring, its descriptor closed.
+
+oom_score_adj is inherited by the commands on purpose: what brings the swap back must not be the first to be killed.
+Imports are few, because every page is locked: no asyncio, no dataclasses, no typing.
+"""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import ctypes
+import errno
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import stat
+import sys
+import time
+
+from duende_ublkd.kernel.binding import WaitingRing
+
+TYPE_CHECKING = False  # typing costs half a MiB
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, NoReturn
+
+PROGRAM = (
+    "import sys; sys.path.extend(sys.argv[3:]); from duende_ublkd.kernel import nursery; "
+    "nursery.main(spares=int(sys.argv[1]), lock=sys.argv[2] == 'lock')"
+)
+ORDER_FD = 3
+MOST_ORDER = 64 << 10  # bytes of one order
+TAIL = 4096  # bytes kept of a command's output
+_CHUNK = 64 << 10  # what a pipe holds
+_TERM_GRACE = 2.0  # seconds between SIGTERM and SIGKILL
+_KILL_AGAIN = 0.1  # seconds; those that were forked meanwhile
+_LAST_EFFORT = 10.0  # seconds of killing when no daemon waits for it
+_BREATH = 1.0  # seconds before a spare is replaced that died without an order, or could not be forked
+_CHAR_DEVICE = "/dev/ublkc"
+_DEEPEST = 1000  # generations between a supervisor and its last descendant; a stale chain of parents may be a circle
+_MOST_NAMED = 3
+_VANISHED = (errno.ENOENT, errno.ESRCH)
+
+_MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
+_PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
+_libc = ctypes.CDLL(None, use_errno=True)
+
+_UNSUPPORTED = (-errno.EOPNOTSUPP, -524)  # the latter is abi.ENOTSUPP
+
+
+class Gone(Exception):  # noqa: N818 - not an error: the daemon has gone
+    """Nobody is at the other end."""
+
+
+class Talk:
+    """A child's connection to the daemon."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def fileno(self) -> int:
+        return self._connection.fileno()
+
+    def say(self, **message: object) -> None:
+        """Never waits for a daemon that does not listen; the message is lost on one that has gone."""
+        try:
+            self._connection.send(json.dumps(message).encode(), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError:
+            return  # nobody hears it; the next hear() says so
+
+    def hear(self) -> dict[str, Any]:
+        """The next message; Gone at the end."""
+        try:
+            raw = self._connection.recv(_CHUNK)
+        except ConnectionError:  # told once, and before the messages that were sent before the end
+            raw = self._connection.recv(_CHUNK)
+        if not raw:
+            raise Gone
+        heard: dict[str, Any] = json.loads(raw)
+        return heard
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+# --- the nursery -----------------------------------------------------------------------------------------------------
+
+
+def main(*, spares: int, lock: bool) -> NoReturn:
+    """Keep spares until the daemon has gone."""
+    os.closerange(ORDER_FD + 1, os.sysconf("SC_OPEN_MAX"))
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    orders = socket.socket(fileno=ORDER_FD)
+    orders.set_inheritable(False)
+    _prctl(_PR_SET_NAME, b"ublkd-nursery")
+    if lock:
+        _lock_memory(orders, _MCL_CURRENT | _MCL_FUTURE)
+    gc.collect()
+    gc.freeze()
+    Nursery(orders, spares, lock=lock).run()
+    os._exit(0)
+
+
+class Nursery:
+    """Spares, and the children that they have become."""
+
+    def __init__(self, orders: socket.socket, spares: int, *, lock: bool) -> None:
+        self._orders = orders
+        self._wanted = spares
+        self._lock = lock
+        self._spares: set[int] = set()
+        self._pidfds: dict[int, int] = {}  # of every child, by descriptor
+        self._taken, self._take = os.pipe2(os.O_CLOEXEC)
+        self._not_before = 0.0
+
+    def run(self) -> None:
+        """Until the daemon has closed its end."""
+        poll = select.poll()
+        poll.register(self._orders, 0)  # its end, and nothing of the orders that are not for us
+        poll.register(self._taken, select.POLLIN)
+        while True:
+            wait = self._fill(poll)
+            for fd, _ in poll.poll(wait):
+                if fd == self._orders.fileno():
+                    self._see_spares_off()
+                    return
+                if fd == self._taken:
+                    self._spares.discard(int.from_bytes(os.read(self._taken, 4), sys.byteorder))
+                else:
+                    poll.unregister(fd)
+                    self._reap(fd)
+
+    def _fill(self, poll: select.poll) -> float | None:
+        """Fork what is missing; the milliseconds until the next try, None: all are there."""
+        while len(self._spares) < self._wanted:
+            wait = self._not_before - time.monotonic()
+            if wait > 0:
+                return wait * 1000 + 1
+            try:
+                poll.register(self._fork(), select.POLLIN)
+            except OSError:  # memory, processes or descriptors are short
+                self._not_before = time.monotonic() + _BREATH
+        return None
+
+    def _fork(self) -> int:
+        pid = os.fork()
+        if pid == 0:
+            _be_spare(self._orders, self._take, self._lock)
+        self._spares.add(pid)
+        pidfd = os.pidfd_open(pid)
+        self._pidfds[pidfd] = pid
+        return pidfd
+
+    def _reap(self, pidfd: int) -> None:
+        pid = self._pidfds.pop(pidfd)
+        os.close(pidfd)
+        os.waitpid(pid, 0)
+        # Its last word may still be in the pipe, and is then of no use.
+        if pid in self._spares:
+            self._spares.discard(pid)
+            self._not_before = time.monotonic() + _BREATH
+
+    def _see_spares_off(self) -> None:
+        """They end by themselves; the wait is so that nobody finds them half gone."""
+        until = time.monotonic() + _BREATH
+        for pidfd, pid in self._pidfds.items():
+            wait = max(0.0, until - time.monotonic()) if pid in self._spares else 0.0
+            if select.select([pidfd], [], [], wait)[0]:
+                os.waitpid(pid, 0)
+
+
+def _lock_memory(orders: socket.socket, how: int) -> None:
+    if _libc.mlockall(how):
+        reason = os.strerror(ctypes.get_errno())
+        Talk(orders).say(trouble=f"memory of the daemon's children cannot be locked: {reason}")
+
+
+def _prctl(option: int, argument: int | bytes) -> None:
+    value = ctypes.c_char_p(argument) if isinstance(argument, bytes) else ctypes.c_ulong(argument)
+    if _libc.prctl(option, value, ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.c_ulong(0)):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+# --- a spare ---------------------------------------------------------------------------------------------------------
+
+
+def _be_spare(orders: socket.socket, take: int, lock: bool) -> NoReturn:  # noqa: FBT001 - one caller
+    """Wait for an order and do it. Never returns into the nursery's code."""
+    status = 1
+    try:
+        _wait_for_order(orders, take, lock)
+        status = 0
+    except BaseException as error:  # noqa: BLE001 - a child must not fall back into its parent's loop
+        sys.stderr.write(f"a child of the nursery died of {error!r}\n")
+    finally:
+        os._exit(status)
+
+
+def _wait_for_order(orders: socket.socket, take: int, lock: bool) -> None:  # noqa: FBT001 - one caller
+    _prctl(_PR_SET_NAME, b"ublkd-spare")
+    if lock:  # what it shares with the nursery is locked there, and gets locked here when it is copied
+        _lock_memory(orders, _MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)
+    ring = _ring_or_errno()
+    raw, descriptors, flags, _ = orders.recvmsg(MOST_ORDER, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
+    if not raw:
+        return
+    with contextlib.suppress(BrokenPipeError):  # the nursery has died: nobody is to be forked
+        os.write(take, os.getpid().to_bytes(4, sys.byteorder))
+    os.close(take)
+    orders.close()
+    if len(descriptors) != 1 or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        return  # the daemon sees its other end closed
+    numbers = array.array("i")
+    numbers.frombytes(descriptors[0][2])
+    talk = Talk(socket.socket(fileno=numbers[0]))
+    try:
+        talk.say(taken=os.getpid())
+        talk.hear()
+    except Gone:
+        return
+    order = json.loads(raw)
+    if order["do"] == "stop":
+        _prctl(_PR_SET_NAME, b"ublkd-hand")
+        talk.say(**_answer(order, ring))
+        return
+    if not isinstance(ring, int):
+        ring.close()
+    _prctl(_PR_SET_NAME, b"ublkd-command")
+    Supervisor(order, talk).run()
+
+
+def _ring_or_errno() -> WaitingRing | int:
+    try:
+        return WaitingRing()
+    except OSError as error:
+        return error.errno or errno.EIO
+
+
+# --- a hand ----------------------------------------------------------------------------------------------------------
+
+
+def _answer(order: dict[str, Any], ring: WaitingRing | int) -> dict[str, Any]:
+    """`result` of `command`, or what `failed` with which `errno`. Everything is closed again when it is given."""
+    if isinstance(ring, int):
+        return {"failed": "ring", "errno": ring}
+    try:
+        control = os.open(order["control"], os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        return {"failed": "control", "errno": error.errno}
+    try:
+        return _stop(order, ring, control)
+    except OSError as error:
+        return {"failed": "send", "errno": error.errno}
+    finally:
+        os.close(control)
+
+
+def _stop(order: dict[str, Any], ring: WaitingRing, control: int) -> dict[str, Any]:
+    """Stop one device, unless somebody has claimed its disk."""
+    if order["try"]:
+        node = _claim(order)
+        if isinstance(node, dict):
+            return node
+        os.close(node)  # or it would be the opener that TRY_STOP_DEV finds
+        result = ring.perform(control, bytes.fromhex(order["try"]))
+        if result not in _UNSUPPORTED:
+            return {"command": "TRY_STOP_DEV", "result": result}
+    node = _claim(order)
+    if isinstance(node, dict):
+        return node
+    try:  # with the node held: nobody mounts it or swaps on it in between
+        for entry in order["stop"]:
+            result = ring.perform(control, bytes.fromhex(entry))
+            if result not in _UNSUPPORTED:
+                break
+    finally:
+        os.close(node)
+    return {"command": "STOP_DEV", "result": result}
+
+
+def _claim(order: dict[str, Any]) -> int | dict[str, Any]:
+    """Open the disk as its only user; what failed, if it is used, gone, or another one."""
+    try:
+        node = os.open(order["node"], os.O_RDONLY | os.O_EXCL | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        return {"failed": "open", "errno": error.errno}
+    found = os.fstat(node)
+    if not stat.S_ISBLK(found.st_mode):
+        os.close(node)
+        return {"failed": "open", "errno": errno.ENOTBLK}
+    if [os.major(found.st_rdev), os.minor(found.st_rdev)] != order["rdev"]:
+        os.close(node)
+        return {"failed": "open", "errno": errno.ESTALE}
+    return node
+
+
+# --- a supervisor ----------------------------------------------------------------------------------------------------
+
+
+class Supervisor:
+    """Runs one command, and answers for all that descends from it."""
+
+    def __init__(self, order: dict[str, Any], talk: Talk) -> None:
+        self._order = order
+        self._talk: Talk | None = talk
+        self._tail = b""
+        self._bytes = 0
+        self._reader = -1
+        self._pid = 0
+        self._kept = False
+        self._limit: float | None = None  # when to end it all; only without a daemon
+        self._ending: Ending | None = None
+        self._poll = select.poll()
+
+    def run(self) -> None:
+        """Until no descendant is left, and nobody to write to the pipe; with `keep`, the latter only."""
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        deaths = _notice_deaths()
+        began = time.monotonic()
+        if not self._start():
+            return
+        self._poll.register(deaths, select.POLLIN)
+        self._poll.register(self._reader, select.POLLIN)
+        assert self._talk  # noqa: S101 - for the type checker
+        self._poll.register(self._talk, select.POLLIN)
+        while not self._is_over():
+            for fd, _ in self._poll.poll(self._wait()):
+                if fd == deaths:
+                    os.read(deaths, _CHUNK)
+                elif fd == self._reader:
+                    self._read()
+                elif self._talk and fd == self._talk.fileno():
+                    self._obey(self._talk, began + self._order["timeout"])
+            self._reap()
+            self._press_on()
+
+    def _start(self) -> bool:
+        self._reader, writer = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(self._reader, False)
+        try:
+            self._pid = start_command(self._order, writer)
+        except OSError as error:
+            self._say(trouble=error.strerror, errno=error.errno, step=error.filename)
+            return False
+        finally:
+            os.close(writer)
+        self._say(started=self._pid)
+        return True
+
+    def _say(self, **message: object) -> None:
+        if self._talk:
+            self._talk.say(**message)
+
+    def _is_over(self) -> bool:
+        if self._reader >= 0:
+            return False
+        return self._kept or not has_children()
+
+    def _wait(self) -> float | None:
+        """Milliseconds until the clock alone asks for something; None: never."""
+        times = [self._limit] if self._limit is not None else []
+        if self._ending:
+            times.append(self._ending.next_at)
+        return max(0.0, min(times) - time.monotonic()) * 1000 + 1 if times else None
+
+    def _obey(self, talk: Talk, limit: float) -> None:
+        try:
+            word = talk.hear()
+        except Gone:
+            self._poll.unregister(talk)
+            talk.close()
+            self._talk = None
+            if not self._kept and not self._ending:
+                self._limit = limit
+            return
+        if word["do"] == "keep":
+            self._keep()
+        elif word["do"] == "who":
+            self._say(serves=may_serve(self._order["dev_id"]))
+        elif word["do"] == "end" and not self._ending:
+            self._end(word["within"], self._order["dev_id"])
+
+    def _keep(self) -> None:
+        self._kept = True
+        self._limit = self._ending = None
+
+    def _end(self, within: float, own_device: int | None) -> None:
+        self._kept = False
+        self._ending = Ending(within, own_device)
+
+    def _press_on(self) -> None:
+        now = time.monotonic()
+        if self._limit is not None and now >= self._limit:
+            self._limit = None
+            self._end(_LAST_EFFORT, None)
+        if self._ending and (self._ending.next_at <= now or not has_children()):
+            left = self._ending.press_on(now)
+            if left is not None:
+                self._tell_what_is_left(left)
+                self._kept = bool(left)
+                self._ending = None
+
+    def _tell_what_is_left(self, left: str) -> None:
+        if self._talk:
+            self._talk.say(left=left)
+            return
+        line = (
+            f"the recovery command of ublk{self._order['dev_id']} outlived its time and the daemon: {left or 'ended'}\n"
+        )
+        with contextlib.suppress(OSError):
+            if select.select([], [2], [], 0)[1]:  # a server must not wait for whoever reads this
+                os.write(2, line.encode(errors="replace"))
+
+    def _read(self) -> bool:
+        """One read; False when there is nothing more for now."""
+        try:
+            chunk = os.read(self._reader, _CHUNK)
+        except BlockingIOError:
+            return False
+        if not chunk:
+            self._poll.unregister(self._reader)
+            os.close(self._reader)
+            self._reader = -1
+            return False
+        self._bytes += len(chunk)
+        self._tail = (self._tail + chunk)[-TAIL:]
+        return True
+
+    def _reap(self) -> None:
+        """Also those that were adopted."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            if pid == self._pid:
+                self._pid = 0
+                self._report(os.waitstatus_to_exitcode(status))
+
+    def _report(self, status: int) -> None:
+        for _ in range(16):  # what it wrote before it died; others may go on writing
+            if self._reader < 0 or not self._read():
+                break
+        self._say(exited=status, output=self._tail.decode("latin-1"), bytes=self._bytes)
+
+
+class Ending:
+    """SIGTERM to every descendant, then SIGKILL until none is left or the time is over."""
+
+    def __init__(self, within: float, own_device: int | None) -> None:
+        now = time.monotonic()
+        self.next_at = now
+        self._own_device = own_device
+        self._kill_at = now + min(_TERM_GRACE, within / 2)
+        self._until = now + within
+        self._asked = False
+
+    def press_on(self, now: float) -> str | None:
+        """The next step: None while it lasts, then who is left and why."""
+        try:
+            return self._step(now)
+        except OSError as error:  # out of descriptors or memory: hold back, and live on for a server's output
+            return f"its processes cannot be looked at: {error.strerror}"
+
+    def _step(self, now: float) -> str | None:
+        if not has_children():
+            return ""
+        if who := who_serves(self._own_device):  # before each round: it may have been opened meanwhile
+            return who
+        if now >= self._until:
+            return still_there()
+        if now >= self._kill_at:
+            signal_all(signal.SIGKILL)
+            self.next_at = min(now + _KILL_AGAIN, self._until)
+        else:
+            if not self._asked:
+                signal_all(signal.SIGTERM)
+                self._asked = True
+            self.next_at = self._kill_at
+        return None
+
+
+def _notice_deaths() -> int:
+    """A descriptor that is readable after a child's death."""
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    return reader
+
+
+def start_command(order: dict[str, Any], output: int) -> int:
+    """Its pid, once the exec has succeeded; OSError, whose filename is the step that failed."""
+    # A fork of a process this small: the C library's spawn can neither change the user nor the directory everywhere.
+    reader, writer = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        _become_command(order, output, writer)
+    os.close(writer)
+    try:
+        failure = os.read(reader, 4096)
+    finally:
+        os.close(reader)
+    if failure:
+        os.waitpid(pid, 0)
+        number, step = json.loads(failure)
+        raise OSError(number, os.strerror(number), step)
+    return pid
+
+
+def _become_command(order: dict[str, Any], output: int, failure: int) -> NoReturn:
+    step = "prepare"
+    try:
+        _prepare(output)
+        step = "change to the user"
+        if order["uid"] is not None:
+            os.setgroups(order["groups"])
+            os.setresgid(order["gid"], order["gid"], order["gid"])
+            os.setresuid(order["uid"], order["uid"], order["uid"])
+        step = "run"
+        _execute(order["argv"], order["env"])
+    except OSError as error:
+        os.write(failure, json.dumps([error.errno, step]).encode())
+    except BaseException:  # noqa: BLE001 - nothing of this may run on in the child
+        os.write(failure, json.dumps([errno.EINVAL, step]).encode())
+    finally:
+        os._exit(127)
+
+
+def _execute(argv: list[str], environment: dict[str, str]) -> NoReturn:
+    """As execvp(3) with the command's own PATH; os.execvpe() would import on its way."""
+    if "/" in argv[0]:
+        os.execve(argv[0], argv, environment)  # noqa: S606 - no shell, by promise
+    failure = OSError(errno.ENOENT, "")
+    for directory in environment.get("PATH", os.defpath).split(":"):
+        try:
+            os.execve(f"{directory or '.'}/{argv[0]}", argv, environment)  # noqa: S606 - as above
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except PermissionError as error:
+            failure = error
+    raise failure
+
+
+def _prepare(output: int) -> None:
+    os.setsid()
+    os.chdir("/")
+    os.umask(0o022)
+    os.dup2(os.open("/dev/null", os.O_RDWR), 0)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_DFL)
+
+
+# --- descendants -----------------------------------------------------------------------------------------------------
+
+
+def has_children() -> bool:
+    """Whether anybody is left: a subreaper's descendants lose their parents to it."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def descendants() -> list[int]:
+    """All that can be found in one look; who is forked during it may be missing."""
+    parents = {int(name): parent_of(int(name)) for name in os.listdir("/proc") if name.isdigit()}
+    for pid, parent in parents.items():
+        if parent and parent not in parents:  # it died during the look, and its child was adopted
+            parents[pid] = parent_of(pid)
+    own = os.getpid()
+    return [pid for pid in parents if _leads_to(own, pid, parents.get)]
+
+
+def signal_all(number: int) -> None:
+    """Signal every descendant, and nobody who got the pid of one."""
+    for pid in descendants():
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:  # it has gone; or no descriptor is left, and the next round tries again
+            continue
+        try:
+            if _leads_to(os.getpid(), pid, lambda each, _: parent_of(each)):
+                signal.pidfd_send_signal(pidfd, number)
+        except OSError:  # it has gone meanwhile, or a security module forbids it: it counts as left
+            continue
+        finally:
+            os.close(pidfd)
+
+
+def _leads_to(ancestor: int, pid: int, parent: Callable[[int, int], int | None]) -> bool:
+    for _ in range(_DEEPEST):
+        pid = parent(pid, 0) or 0
+        if pid == ancestor:
+            return True
+        if pid == 0:
+            break
+    return False
+
+
+def parent_of(pid: int) -> int:
+    """The parent's pid; 0: it has none, or has gone."""
+    fields = _stat(pid)
+    return int(fields[1]) if fields else 0
+
+
+def _stat(pid: int) -> list[str]:
+    """/proc/PID/stat from its third field on; empty: there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read(_CHUNK).rpartition(b")")[2].decode().split()
+    except OSError:
+        return []
+
+
+def who_serves(own_device: int | None) -> str:
+    """A sentence on the first descendant that has, or may have, a char device open that is not the given one's."""
+    for pid in descendants():
+        try:
+            devices = open_char_devices(pid)
+        except OSError as error:
+            return f"{_named(pid)} is left alone: its open files cannot be read: {error.strerror}"
+        for device in sorted(devices):
+            if own_device is None or device != f"{_CHAR_DEVICE}{own_device}":
+                return f"{_named(pid)} is left alone: it has {device} open"
+    return ""
+
+
+def may_serve(device: int) -> bool:
+    """Whether a descendant has this device's char node open; also when that cannot be told."""
+    try:
+        return any(f"{_CHAR_DEVICE}{device}" in open_char_devices(pid) for pid in descendants())
+    except OSError:
+        return True
+
+
+def open_char_devices(pid: int) -> set[str]:
+    """What a process has open of ublk's char devices. By thread: a leader that has exited shows no descriptors."""
+    found: set[str] = set()
+    for thread in _list(f"/proc/{pid}/task"):
+        table = f"/proc/{pid}/task/{thread}/fd"
+        for descriptor in _list(table):
+            try:
+                link = os.readlink(f"{table}/{descriptor}")
+            except OSError as error:
+                if error.errno not in _VANISHED:
+                    raise
+                continue
+            if link.startswith(_CHAR_DEVICE):
+                found.add(link.removesuffix(" (deleted)"))
+    return found
+
+
+def _list(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError as error:
+        if error.errno not in _VANISHED:
+            raise
+        return []
+
+
+def still_there() -> str:
+    """A sentence on the descendants that have not died of SIGKILL."""
+    pids = descendants()
+    shown = ", ".join(f"{_named(pid)} in state {(_stat(pid) or '?')[0]}" for pid in pids[:_MOST_NAMED])
+    more = f" and {len(pids) - _MOST_NAMED} more" if len(pids) > _MOST_NAMED else ""
+    return f"{shown or 'a process that cannot be found'}{more} did not die of SIGKILL in time"
+
+
+def _named(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/comm", "rb") as file:
+            return f"pid {pid} ({file.read(64).decode(errors='replace').strip()})"
+    except OSError:
+        return f"pid {pid}"

@@ -1,0 +1,195 @@
+"""What outlives the daemon: the journal, each device's age and attempts, and the holds.
+
+Rules:
+1. Nothing here is waited for. The journal is written by a child; what it cannot write waits in memory, bounded.
+2. A hold is in two places: in the run directory, which no disk can keep from being read, and in the journal. The first
+   wins. So a daemon that is restarted while the journal's disk hangs still keeps its hands off.
+3. Records of devices are of one boot: identities and times mean nothing in another.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from duende_ublkd.core.config import duration_text
+from duende_ublkd.core.errors import DuendeError, UsageError
+from duende_ublkd.core.holds import LONGEST_TIME, MOST_TEXT, Hold, Holds, NotAllowedError, may_change
+from duende_ublkd.core.model import EventKind, Level
+from duende_ublkd.core.text import printable
+from duende_ublkd.kernel import holdfile
+from duende_ublkd.report.journal import Journal
+from duende_ublkd.report.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from duende_ublkd.core.config import Config
+    from duende_ublkd.core.model import Judged, PassReport
+    from duende_ublkd.reconcile import Reconciler
+
+_HOLDS = "holds"
+_DEVICE = "device/"
+
+
+class Lasting:
+    """The daemon's memory beyond its own life; a reporter, and whom holds are asked of."""
+
+    def __init__(self, config: Config, directory: str) -> None:
+        """`directory`: the run directory."""
+        self._directory = directory
+        self._boot_id = holdfile.boot_id()
+        self._reconciler: Reconciler | None = None
+        self.store = Store(
+            config.daemon.state_dir,
+            max_age=config.journal.keep,
+            max_bytes=config.journal.max_size,
+            on_trouble=self._on_trouble,
+            on_recovered=self._on_recovered,
+        )
+        self.journal = Journal(self.store.append)
+
+    async def restore(self, reconciler: Reconciler) -> None:
+        """Start the journal, and go on from what it has kept."""
+        self._reconciler = reconciler
+        saved = await self.store.open()
+        for key, value in saved.items():
+            if key.startswith(_DEVICE):
+                self._restore_device(reconciler, key, value)
+        reconciler.holds = self._restore_holds(saved.get(_HOLDS))
+        for hold in reconciler.holds.all():
+            reconciler.hold(hold)
+
+    def _restore_device(self, reconciler: Reconciler, key: str, value: Any) -> None:  # noqa: ANN401 - JSON
+        try:
+            if value["boot_id"] == self._boot_id:
+                reconciler.ledger.remember(int(key.removeprefix(_DEVICE)), value["device"])
+                return
+        except (KeyError, TypeError, ValueError) as error:
+            self._note(Level.WARNING, f"the journal's record {printable(key)} is not understood: {error!r}")
+        self.store.save(key, None)
+
+    def _restore_holds(self, saved: Mapping[str, Any] | None) -> Holds:
+        """Rule 2. DuendeError: nobody can tell what is on hold, and so nobody may act."""
+        now = time.monotonic()
+        if holdfile.read(self._directory) is not None:
+            return holdfile.load(self._directory, now)
+        if saved is None:
+            return Holds()
+        try:
+            return Holds.from_record(saved, self._boot_id, now)
+        except ValueError as error:
+            raise DuendeError(
+                f"the holds in the journal are not understood: {error}", hint="look at: duende-ublkd events"
+            ) from error
+
+    # Reports
+
+    def intends(self, device: Judged) -> None:
+        """Before something is done: the journal has it, and the attempt counts, whatever becomes of this daemon."""
+        self.journal.intends(device)
+        self._save_device(device.seen.dev_id)
+
+    def passed(self, report: PassReport) -> None:
+        """After a pass or a deed."""
+        self.journal.passed(report)
+        for dev_id in {
+            *(device.seen.dev_id for device in (*report.changed, *report.gone)),
+            *(deed.dev_id for deed in report.deeds),
+        }:
+            self._save_device(dev_id)
+
+    def records(self) -> dict[int, dict[str, Any]]:
+        """What is known of each device beyond the last look, for commands that look themselves."""
+        ledger = self._the_reconciler.ledger
+        known = ((dev_id, ledger.to_record(dev_id)) for dev_id in self._the_reconciler.devices)
+        return {dev_id: record for dev_id, record in known if record is not None}
+
+    # Holds
+
+    @property
+    def holds(self) -> Sequence[Hold]:
+        """Those that are in force."""
+        now = time.monotonic()
+        return [hold for hold in self._the_reconciler.holds.all() if hold.until > now]
+
+    def hold(self, dev_id: int, seconds: float, why: str, uid: int) -> Hold:
+        """Hands off an id. UsageError: not so long; NotAllowedError: not by this user."""
+        if not 0 < seconds <= LONGEST_TIME:
+            longest = duration_text(LONGEST_TIME)
+            raise UsageError(
+                f"{seconds:g} s is not between 0 and {longest}", hint=f"duende-ublkd hold {dev_id} --for 1h"
+            )
+        instance = self._check_right(dev_id, uid)
+        now = time.monotonic()
+        hold = Hold(dev_id, now, now + seconds, uid, printable(why, MOST_TEXT), instance)
+        self._the_reconciler.hold(hold)
+        reason = f" ({hold.why})" if hold.why else ""
+        text = f"ublk{dev_id} on hold for {duration_text(seconds)} by {_who(uid)}{reason}"
+        self._note_hold(text, hold, "set")
+        return hold
+
+    def release(self, dev_id: int, uid: int) -> tuple[Hold | None, int]:
+        """End a hold, and have recovery begin anew; which hold, and how many attempts. NotAllowedError: not by this user."""
+        self._check_right(dev_id, uid)
+        hold, attempts = self._the_reconciler.release(dev_id)
+        if hold:
+            self._note_hold(f"ublk{dev_id} released by {_who(uid)}", hold, "released")
+        if attempts:
+            text = f"ublk{dev_id}: {attempts} attempts to recover it are forgotten, says {_who(uid)}"
+            self.journal.note(EventKind.RECOVERY, Level.INFO, text, dev_id, attempts=attempts)
+            self._save_device(dev_id)
+        return hold, attempts
+
+    def on_hold_ended(self, hold: Hold, why: str) -> None:
+        """A hold ended by itself."""
+        self._note_hold(f"ublk{hold.dev_id} is on hold no more: {why}", hold, "over")
+
+    def _check_right(self, dev_id: int, uid: int) -> int | None:
+        """The instance that this user's hold is bound to; None: root's is bound to the id."""
+        device = self._the_reconciler.devices.get(dev_id)
+        info = device.seen.info if device else None
+        if not may_change(uid, self._the_reconciler.holds.get(dev_id), info.owner_uid if info else None):
+            raise NotAllowedError(
+                f"user {uid} may not change ublk{dev_id}: it is not this user's own, or root has set the hold",
+                hint=f"sudo duende-ublkd hold {dev_id}",
+            )
+        if uid == 0 or device is None:
+            return None
+        return device.seen.identity.sysfs_inode
+
+    def _note_hold(self, text: str, hold: Hold, state: str) -> None:
+        facts = {"state": state, "uid": hold.uid, "why": hold.why, "instance": hold.instance}
+        self.journal.note(EventKind.HOLD, Level.INFO, text, hold.dev_id, **facts)
+        record = self._the_reconciler.holds.to_record(self._boot_id)
+        self.store.save(_HOLDS, record)
+        try:
+            holdfile.write(self._directory, record)
+        except OSError as error:
+            why = f"the holds cannot be written to {self._directory}: {error.strerror}"
+            self._note(Level.ERROR, f"{why}; they last as long as this daemon, or as the journal has them")
+
+    def _save_device(self, dev_id: int) -> None:
+        record = self._the_reconciler.ledger.to_record(dev_id)
+        self.store.save(f"{_DEVICE}{dev_id}", record and {"boot_id": self._boot_id, "device": record})
+
+    @property
+    def _the_reconciler(self) -> Reconciler:
+        assert self._reconciler  # noqa: S101 - restored before anything is reported
+        return self._reconciler
+
+    # The journal's own trouble
+
+    def _on_trouble(self, sentence: str) -> None:
+        self._note(Level.ERROR, f"{sentence}; what happens meanwhile is kept in memory, as far as it fits")
+
+    def _on_recovered(self, lost: int) -> None:
+        gap = f"; {lost} events are lost" if lost else "; nothing is lost"
+        self._note(Level.INFO, f"the journal is written again{gap}")
+
+    def _note(self, level: Level, text: str) -> None:
+        self.journal.note(EventKind.DAEMON, level, text)
+
+
+def _who(uid: int) -> str:
+    return f"uid {uid}" if uid else "root"

@@ -1,0 +1,1037 @@
+"""The nursery, its supervisors and its hands, as real processes on the host.
+
+What needs a driver is in tests/guest. A file named /dev/ublkc990 stands for another device's char device: whoever has it
+open is taken for its server. A node /dev/ublkb990 of a loop device's number stands for a disk, and /dev/null, which takes
+any command and answers 0, for the control device.
+"""
+
+import asyncio
+import contextlib
+import errno
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from duende_ublkd.core.errors import (
+    BusyError,
+    CommandError,
+    CommandOverdueError,
+    DuendeError,
+    KernelUnavailableError,
+    UsageError,
+)
+from duende_ublkd.kernel import abi, binding, children, nursery
+from duende_ublkd.kernel.children import Children, CommandOrder, Credentials, Ended, resolve_user
+
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="changes users, makes device nodes")
+
+ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C"}
+DEV_ID = 990
+NOBODY = 65534
+LOOP0 = (7, 0)
+NULL_COMMAND = 0x7500
+SIGNALS_OF_LIBC = 3 << 31  # signals 32 and 33: its posix_spawn() leaves them ignored, and they are nobody's to change
+
+
+def an_order(*argv: str, timeout: float = 60.0, **changes: object) -> CommandOrder:
+    fields: dict[str, Any] = {"dev_id": 1, "argv": argv, "environment": ENVIRONMENT, "timeout": timeout, **changes}
+    return CommandOrder(**fields)
+
+
+def a_script(text: str, *, dev_id: int = 1) -> CommandOrder:
+    return an_order("sh", "-c", text, dev_id=dev_id)
+
+
+def with_children(body: Callable[[Children], Coroutine[Any, Any, None]], **options: Any) -> None:  # noqa: ANN401 - those of Children
+    """Run `body`; an error that only the loop saw is an error of the test."""
+
+    async def run() -> None:
+        unhandled: list[str] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(str(context)))
+        subject = Children(**options)
+        try:
+            await body(subject)
+        finally:
+            subject.close()
+        assert unhandled == []
+
+    asyncio.run(run())
+
+
+async def until(condition: Callable[[], object], deadline: float = 10.0) -> None:
+    async with asyncio.timeout(deadline):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def end_of(subject: Children, order: CommandOrder) -> Ended:
+    command = subject.run(order)
+    await command.started()
+    async with asyncio.timeout(20):
+        return await command.ended()
+
+
+def status_of(pid: int | str, name: str) -> str:
+    """A line of /proc/PID/status; empty: the process has gone."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return ""
+    found = re.search(rf"^{name}:\s*(.*)$", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def is_alive(pid: int) -> bool:
+    return status_of(pid, "State")[:1] not in ("", "Z", "X")
+
+
+def parent_of(pid: int) -> int:
+    return int(status_of(pid, "PPid"))
+
+
+def living_children(pid: int) -> set[int]:
+    found = {int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()}
+    return {each for each in found if is_alive(each) and status_of(each, "PPid") == str(pid)}
+
+
+def those_with(marker: str) -> set[int]:
+    """The living processes that have this among their arguments."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and marker.encode() in (entry / "cmdline").read_bytes().split(b"\0"):
+                found.add(int(entry.name))
+    return {pid for pid in found if is_alive(pid)}
+
+
+async def spares_of(subject: Children, *, other_than: frozenset[int] = frozenset()) -> frozenset[int]:
+    """Its spares, when all are there and wait."""
+    subject.start()
+    found: frozenset[int] = frozenset()
+
+    def waiting() -> bool:
+        nonlocal found
+        assert subject.nursery_pid
+        every = living_children(subject.nursery_pid)
+        found = frozenset(pid for pid in every if status_of(pid, "Name") == "ublkd-spare")
+        return len(found - other_than) == children.SPARES and all(is_waiting(pid) for pid in found)
+
+    await until(waiting)
+    return found
+
+
+def is_waiting(pid: int) -> bool:
+    return status_of(pid, "State").startswith("S")
+
+
+@pytest.fixture
+def marker() -> Iterator[str]:
+    """Seconds for sleep(1) that no other process has; whatever still sleeps them is killed after the test."""
+    text = f"{800 + time.time_ns() % 100_000_000 / 1e8:.8f}"
+    yield text
+    for pid in those_with(text):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def char_device() -> Iterator[Path]:
+    path = Path(f"/dev/ublkc{DEV_ID}")
+    path.touch(exist_ok=False)
+    yield path
+    path.unlink()
+
+
+@pytest.fixture
+def disk() -> Iterator[Path]:
+    path = Path(f"/dev/ublkb{DEV_ID}")
+    try:
+        os.mknod(path, stat.S_IFBLK | 0o600, os.makedev(*LOOP0))
+        os.close(os.open(path, os.O_RDONLY | os.O_EXCL))
+    except OSError as error:
+        path.unlink(missing_ok=True)
+        pytest.skip(f"no loop device that is free: {error.strerror}")
+    yield path
+    path.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def obedient_control(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(abi, "CONTROL_DEVICE", "/dev/null")
+
+
+# --- a command runs --------------------------------------------------------------------------------------------------
+
+
+def test_a_command_tells_its_status_and_its_output() -> None:
+    async def body(subject: Children) -> None:
+        assert await end_of(subject, a_script("echo out; echo err >&2; exit 3")) == Ended(3, "out\nerr", 8)
+        assert await end_of(subject, an_order("true")) == Ended(0, "", 0)
+        assert await end_of(subject, a_script("kill -9 $$")) == Ended(-9, "", 0)
+
+    with_children(body)
+
+
+def test_output_is_made_printable_and_its_last_lines_are_shown() -> None:
+    async def body(subject: Children) -> None:
+        ended = await end_of(subject, a_script(r"seq 30; printf 'a\033[2Jb\n\377\n'"))
+        lines = ended.output.split("\n")
+        assert lines[:2] == ["13", "14"]
+        assert lines[-2:] == [r"a\x1b[2Jb", "\N{REPLACEMENT CHARACTER}"]
+        assert len(lines) == children.MOST_LINES
+
+    with_children(body)
+
+
+@pytest.mark.parametrize(
+    ("argv", "what", "hint"),
+    [
+        (("no-such-command-990",), "no-such-command-990 cannot be run: No such file", "full path"),
+        (("/etc/passwd",), "/etc/passwd cannot be run: Permission denied", "chmod"),
+        (("/",), "/ cannot be run: Permission denied", "chmod"),
+        (("/dev/null/x",), "Not a directory", "by hand"),
+    ],
+)
+def test_a_command_that_cannot_be_run_is_named_with_what_to_do(argv: tuple[str, ...], what: str, hint: str) -> None:
+    async def body(subject: Children) -> None:
+        command = subject.run(an_order(*argv))
+        with pytest.raises(DuendeError, match=what) as caught:
+            await command.started()
+        assert hint in caught.value.hint
+        ended = await command.ended()
+        assert ended.status is None
+        assert what in ended.trouble
+        assert await command.end() == ""
+
+    with_children(body)
+
+
+def test_a_script_without_an_interpreter_line_is_explained(tmp_path: Path) -> None:
+    script = tmp_path / "recover"
+    script.write_text("echo hello\n")
+    script.chmod(0o755)
+
+    async def body(subject: Children) -> None:
+        with pytest.raises(DuendeError, match="Exec format error") as caught:
+            await subject.run(an_order(str(script))).started()
+        assert "#!/bin/sh" in caught.value.hint
+
+    with_children(body)
+
+
+def test_a_command_longer_than_an_order_is_refused() -> None:
+    async def body(subject: Children) -> None:
+        with pytest.raises(UsageError, match="64 KiB"):
+            subject.run(an_order("echo", "x" * (64 << 10)))
+        assert await end_of(subject, an_order("true")) == Ended(0, "", 0)
+
+    with_children(body)
+
+
+def test_a_command_has_a_clean_descriptor_table_and_only_the_environment_given() -> None:
+    async def body(subject: Children) -> None:
+        with Path("/etc/passwd").open("rb") as leaked:
+            os.set_inheritable(leaked.fileno(), True)
+            listed = await end_of(subject, an_order("ls", "/proc/self/fd"))
+        assert listed.output.split() == ["0", "1", "2", "3"]  # the last is the listing itself
+        links = await end_of(subject, an_order("readlink", *(f"/proc/self/fd/{fd}" for fd in range(3))))
+        stdin, stdout, stderr = links.output.split()
+        assert stdin == "/dev/null"
+        assert stdout == stderr
+        assert stdout.startswith("pipe:")
+        environment = await end_of(subject, an_order("env", environment={"PATH": "/usr/bin:/bin", "A": "b c\udcff"}))
+        assert environment.output.split("\n") == ["PATH=/usr/bin:/bin", "A=b c\N{REPLACEMENT CHARACTER}"]
+
+    with_children(body)
+
+
+def test_a_command_starts_as_from_a_login_with_default_signals_in_a_session_of_its_own_and_with_nothing_locked() -> (
+    None
+):
+    async def body(subject: Children) -> None:
+        told = await end_of(
+            subject, an_order("sed", "-n", "-E", "/^(Sig(Blk|Ign|Cgt)|VmLck|Umask)/p", "/proc/self/status")
+        )
+        umask, locked, *masks = (line.split()[1] for line in told.output.split("\n"))
+        assert (umask, locked) == ("0022", "0")
+        assert [int(mask, 16) & ~SIGNALS_OF_LIBC for mask in masks] == [0, 0, 0]
+        command = subject.run(an_order("cat", "/proc/self/stat"))
+        pid, _, _, _, group, session = (await command.ended()).output.split()[:6]
+        assert pid == group == session == str(command.pid)
+        assert (await end_of(subject, an_order("readlink", "/proc/self/cwd"))).output == "/"
+
+    before = signal.signal(signal.SIGUSR2, signal.SIG_IGN)
+    old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    try:
+        with_children(body, lock_memory=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, old_mask)
+        signal.signal(signal.SIGUSR2, before)
+
+
+def test_a_command_runs_as_another_user_with_that_ones_groups() -> None:
+    async def body(subject: Children) -> None:
+        user = Credentials(NOBODY, NOBODY, (12, NOBODY))
+        told = await end_of(subject, an_order("grep", "-E", "^(Uid|Gid|Groups|CapEff)", "/proc/self/status", user=user))
+        assert [line.split()[1:] for line in told.output.split("\n")] == [
+            [str(NOBODY)] * 4,
+            [str(NOBODY)] * 4,
+            ["12", str(NOBODY)],
+            ["0" * 16],
+        ]
+
+    with_children(body)
+
+
+def test_a_user_is_found_by_name_and_by_number() -> None:
+    assert resolve_user("root").uid == 0
+    assert resolve_user("0") == resolve_user("root")
+    for wrong in ("no-such-user-990", "4000000000", "", "\0", "9" * 30):
+        with pytest.raises(UsageError, match="there is no user") as caught:
+            resolve_user(wrong)
+        assert "getent passwd" in caught.value.hint
+
+
+def test_a_hundred_megabytes_of_output_cost_four_kibibytes() -> None:
+    async def body(subject: Children) -> None:
+        began = time.monotonic()
+        command = subject.run(a_script("head -c 100000000 /dev/zero | tr '\\0' x; echo; echo done; sleep 1"))
+        await command.started()
+        assert command.pid
+        supervisor = parent_of(command.pid)
+        before = int(status_of(supervisor, "VmHWM").split()[0])
+        async with asyncio.timeout(30):
+            await until(lambda: those_with("100000000"))
+            await until(lambda: not those_with("100000000"), 30)
+            grown = int(status_of(supervisor, "VmHWM").split()[0]) - before
+            ended = await command.ended()
+        assert ended.status == 0
+        assert ended.output_bytes == 100_000_006
+        assert ended.output.endswith("…\ndone")
+        assert grown < 1024
+        assert time.monotonic() - began < 20
+
+    with_children(body)
+
+
+A_LAST_WORD = """
+import fcntl, os, sys, time
+fcntl.fcntl(1, fcntl.F_SETPIPE_SZ, 1 << 20)
+while not os.path.exists(sys.argv[1]):
+    time.sleep(0.01)
+os.write(1, b"x" * 300_000 + b"end")
+"""
+
+
+def test_what_a_command_wrote_before_its_end_is_told_with_its_end(tmp_path: Path) -> None:
+    """Also when the supervisor was slow, and the command has made its pipe larger than one read."""
+    go = tmp_path / "go"
+
+    async def body(subject: Children) -> None:
+        command = subject.run(an_order(sys.executable, "-c", A_LAST_WORD, str(go)))
+        await command.started()
+        pid = command.pid
+        assert pid
+        supervisor = parent_of(pid)
+        os.kill(supervisor, signal.SIGSTOP)
+        go.touch()
+        await until(lambda: not is_alive(pid))
+        os.kill(supervisor, signal.SIGCONT)
+        ended = await command.ended()
+        assert ended.output_bytes == 300_003
+        assert ended.output.endswith("…")
+
+    with_children(body)
+
+
+def test_twenty_orders_at_once_all_run() -> None:
+    async def body(subject: Children) -> None:
+        ends = await asyncio.gather(*(end_of(subject, a_script(f"echo {n}; exit {n}")) for n in range(20)))
+        assert [(end.status, end.output) for end in ends] == [(n, str(n)) for n in range(20)]
+
+    with_children(body)
+
+
+def test_there_is_a_bound_on_orders_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(children, "MOST_ORDERS", 2)
+
+    async def body(subject: Children) -> None:
+        running = [subject.run(an_order("sleep", "30")) for _ in range(2)]
+        with pytest.raises(DuendeError, match="under way already"):
+            subject.run(an_order("true"))
+        assert await running[0].end() == ""
+        await until(lambda: len(subject._commands) == 1)
+        assert await end_of(subject, an_order("true")) == Ended(0, "", 0)
+        assert await running[1].end() == ""
+
+    with_children(body)
+
+
+# --- a command is ended or kept --------------------------------------------------------------------------------------
+
+
+def test_a_command_that_ignores_sigterm_is_killed(marker: str) -> None:
+    async def body(subject: Children) -> None:
+        command = subject.run(a_script(f"trap '' TERM; echo ready; while :; do sleep {marker}; done"))
+        await command.started()
+        await until(lambda: those_with(marker))
+        began = time.monotonic()
+        assert await command.end() == ""
+        assert 1.9 < time.monotonic() - began < 5
+        assert await command.ended() == Ended(-signal.SIGKILL, "ready", 6)
+        assert not those_with(marker)
+
+    with_children(body)
+
+
+def test_a_command_that_obeys_sigterm_ends_at_once(marker: str) -> None:
+    async def body(subject: Children) -> None:
+        command = subject.run(an_order("sleep", marker))
+        await command.started()
+        began = time.monotonic()
+        assert await command.end() == ""
+        assert time.monotonic() - began < 1
+        assert (await command.ended()).status == -signal.SIGTERM
+
+    with_children(body)
+
+
+def test_descendants_that_left_their_session_and_their_parents_are_all_ended(marker: str) -> None:
+    script = f"""
+        setsid setsid sleep {marker} &
+        (setsid sh -c 'trap "" TERM; sleep {marker}; sleep {marker}; :' </dev/null >/dev/null 2>&1 &)
+        (sleep {marker} </dev/null >/dev/null 2>&1 &)
+        exit 4
+    """
+
+    async def body(subject: Children) -> None:
+        command = subject.run(a_script(script))
+        assert (await command.ended()).status == 4
+        await until(lambda: len(those_with(marker)) == 3)
+        assert await command.end() == ""
+        assert not those_with(marker)
+
+    with_children(body)
+
+
+def test_ending_spares_strangers(marker: str) -> None:
+    with subprocess.Popen(["sleep", marker]) as stranger:
+
+        async def body(subject: Children) -> None:
+            command = subject.run(an_order("sleep", marker))
+            await command.started()
+            assert await command.end() == ""
+
+        with_children(body)
+        assert stranger.poll() is None
+        assert those_with(marker) == {stranger.pid}
+        stranger.kill()
+
+
+def test_a_process_that_got_the_pid_of_a_descendant_is_not_signalled(
+    marker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run(["sh", "-c", f"sleep {marker} >/dev/null 2>&1 &"], check=True)
+    (stranger,) = those_with(marker)
+    assert parent_of(stranger) != os.getpid()
+    monkeypatch.setattr(nursery, "descendants", lambda: [stranger])
+    nursery.signal_all(signal.SIGKILL)
+    with subprocess.Popen(["sleep", marker]) as child:
+        monkeypatch.setattr(nursery, "descendants", lambda: [child.pid])
+        nursery.signal_all(signal.SIGKILL)
+        assert child.wait(10) == -signal.SIGKILL
+    assert is_alive(stranger)
+
+
+def test_what_has_another_devices_char_device_open_is_left_alone(marker: str, char_device: Path) -> None:
+    script = f"(setsid sh -c 'exec 5<{char_device}; exec sleep {marker}' &); trap '' TERM; sleep {marker}; exit 5"
+
+    async def body(subject: Children) -> None:
+        command = subject.run(a_script(script, dev_id=DEV_ID + 1))
+        await command.started()
+        await until(lambda: len(those_with(marker)) == 2)
+        await until(lambda: servers(char_device))
+        left = await command.end()
+        assert re.fullmatch(rf"pid \d+ \(sleep\) is left alone: it has {char_device} open", left)
+        assert len(those_with(marker)) == 2
+        assert command.pid is not None
+        assert is_alive(command.pid)
+
+    with_children(body)
+
+
+def test_what_opens_another_devices_char_device_when_it_is_asked_to_end_is_not_killed(
+    marker: str, char_device: Path
+) -> None:
+    script = f"trap 'exec 5<{char_device}; exec sleep {marker}' TERM; echo ready; while :; do sleep 0.02; done"
+
+    async def body(subject: Children) -> None:
+        command = subject.run(a_script(script))
+        await command.started()
+        await asyncio.sleep(0.3)  # its trap is set long before
+        assert "is left alone" in await command.end(1.0)
+        assert command.pid is not None
+        assert servers(char_device) == [command.pid]
+
+    with_children(body)
+
+
+def test_what_cannot_be_looked_into_is_left_alone(marker: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(pid: int) -> set[str]:
+        raise PermissionError(errno.EACCES, f"Permission denied to {pid}")
+
+    with subprocess.Popen(["sleep", marker]) as child:
+        assert child.pid in nursery.descendants()
+        assert nursery.who_serves(None) == ""
+        monkeypatch.setattr(nursery, "open_char_devices", refuse)
+        assert "is left alone: its open files cannot be read" in nursery.who_serves(None)
+        child.kill()
+
+
+def test_a_dead_process_that_nobody_has_reaped_has_nothing_open() -> None:
+    with subprocess.Popen(["true"]) as child:
+        wait_for(lambda: not is_alive(child.pid))
+        assert child.pid in nursery.descendants()
+        assert nursery.open_char_devices(child.pid) == set()
+
+
+def test_what_has_its_own_devices_char_device_open_is_ended(marker: str, char_device: Path) -> None:
+    async def body(subject: Children) -> None:
+        command = subject.run(a_script(f"exec 5<{char_device}; exec sleep {marker}", dev_id=DEV_ID))
+        await command.started()
+        await until(lambda: servers(char_device))
+        assert await command.end() == ""
+
+    with_children(body)
+
+
+def servers(char_device: Path) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(PermissionError):
+            if entry.name.isdigit() and str(char_device) in nursery.open_char_devices(int(entry.name)):
+                found.append(int(entry.name))
+    return found
+
+
+A_SERVER = """
+import sys, time
+marker, progress = sys.argv[1:]
+for number in range(1_000_000):
+    print("x" * 1000, flush=True)
+    with open(progress, "w") as file:
+        file.write(f"{number} ")
+    time.sleep(0.002)
+"""
+
+
+def test_a_server_that_is_kept_goes_on_without_nursery_and_daemon(marker: str, tmp_path: Path) -> None:
+    progress = tmp_path / "progress"
+    order = an_order(sys.executable, "-c", A_SERVER, marker, str(progress), timeout=0.1)
+    seen: dict[str, int] = {}
+
+    def done() -> int:
+        return int(progress.read_text().split(" ")[0] or 0) if progress.exists() else 0
+
+    async def body(subject: Children) -> None:
+        command = subject.run(order)
+        await command.started()
+        command.keep()
+        await until(done)
+        assert subject.nursery_pid
+        assert command.pid
+        seen.update(server=command.pid, supervisor=parent_of(command.pid))
+        os.kill(subject.nursery_pid, signal.SIGKILL)
+
+    with_children(body)
+    at = done()
+    wait_for(lambda: done() > at + 200)  # three times what a pipe holds
+    assert is_alive(seen["server"])
+    os.kill(seen["server"], signal.SIGKILL)
+    wait_for(lambda: not is_alive(seen["supervisor"]))
+
+
+def test_a_word_that_was_said_right_before_the_daemon_died_is_heard() -> None:
+    """The kernel tells a reset connection first, when messages of ours were never read."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    talk = nursery.Talk(theirs)
+    talk.say(taken=1)
+    ours.send(b'{"do": "keep"}')
+    ours.close()
+    assert talk.hear() == {"do": "keep"}
+    with pytest.raises(nursery.Gone):
+        talk.hear()
+    talk.close()
+
+
+def wait_for(condition: Callable[[], object], deadline: float = 10.0) -> None:
+    until_then = time.monotonic() + deadline
+    while not condition():
+        assert time.monotonic() < until_then
+        time.sleep(0.01)
+
+
+A_DAEMON = """
+import asyncio, sys
+from duende_ublkd.kernel.children import Children, CommandOrder
+async def main():
+    order = CommandOrder(990, tuple(sys.argv[2:]), {"PATH": "/usr/bin:/bin"}, float(sys.argv[1]))
+    command = Children().run(order)
+    await command.started()
+    print(command.pid, flush=True)
+    await asyncio.sleep(100)
+asyncio.run(main())
+"""
+
+
+@contextlib.contextmanager
+def a_daemon(timeout: float, *argv: str) -> Iterator[int]:
+    """A daemon of its own that runs a command, and the command's pid. It is killed at the end."""
+    arguments = [sys.executable, "-c", A_DAEMON, str(timeout), *argv]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, cwd=Path(__file__).parents[1]) as daemon:
+        assert daemon.stdout
+        try:
+            yield int(daemon.stdout.readline())
+        finally:
+            daemon.kill()
+
+
+def test_without_the_daemon_a_commands_own_time_limit_counts(marker: str) -> None:
+    with a_daemon(2.0, "sh", "-c", f"setsid sleep {marker} & sleep {marker}") as pid:
+        supervisor = parent_of(pid)
+        wait_for(lambda: len(those_with(marker)) == 2)
+        began = time.monotonic()
+    assert is_alive(pid)
+    wait_for(lambda: not those_with(marker))
+    assert time.monotonic() - began > 1
+    wait_for(lambda: not is_alive(supervisor))
+
+
+def test_without_the_daemon_whoever_serves_a_device_is_spared(marker: str, char_device: Path) -> None:
+    with a_daemon(0.5, "sh", "-c", f"exec 5<{char_device}; exec sleep {marker}") as pid:
+        supervisor = parent_of(pid)
+        wait_for(lambda: servers(char_device) == [pid])
+    with pytest.raises(AssertionError):
+        wait_for(lambda: not is_alive(pid), 2)
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: not is_alive(supervisor))
+
+
+def test_a_supervisor_without_work_takes_no_time(marker: str) -> None:
+    def switches(pid: int) -> str:
+        return status_of(pid, "voluntary_ctxt_switches")
+
+    async def body(subject: Children) -> None:
+        command = subject.run(an_order("sleep", marker))
+        await command.started()
+        assert command.pid
+        supervisor = parent_of(command.pid)
+        await asyncio.sleep(0.2)  # until it has said what it had to say
+        before = switches(supervisor)
+        await asyncio.sleep(0.5)
+        assert switches(supervisor) == before
+        await command.end()
+
+    with_children(body)
+
+
+# --- the nursery -----------------------------------------------------------------------------------------------------
+
+
+def test_a_spare_that_has_become_a_child_is_replaced() -> None:
+    async def body(subject: Children) -> None:
+        before = await spares_of(subject)
+        running = [subject.run(an_order("sleep", "30")) for _ in range(3)]
+        for each in running:
+            await each.started()
+        busy = {parent_of(each.pid) for each in running if each.pid}
+        assert len(busy) == len(running)
+        assert busy & before
+        assert busy.isdisjoint(await spares_of(subject))
+        for each in running:
+            assert await each.end() == ""
+
+    with_children(body)
+
+
+def test_a_spare_that_dies_is_replaced() -> None:
+    async def body(subject: Children) -> None:
+        before = await spares_of(subject)
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        await spares_of(subject, other_than=before)
+        assert await end_of(subject, an_order("true")) == Ended(0, "", 0)
+
+    with_children(body)
+
+
+def test_after_the_death_of_the_nursery_the_next_order_starts_another() -> None:
+    async def body(subject: Children) -> None:
+        spares = await spares_of(subject)
+        dead = subject.nursery_pid
+        assert dead
+        os.kill(dead, signal.SIGKILL)
+        wait_for(lambda: not is_alive(dead))
+        assert await end_of(subject, an_order("true")) == Ended(0, "", 0)
+        assert subject.nursery_pid not in {None, dead}
+        await until(lambda: not any(map(is_alive, spares)))
+
+    with_children(body)
+
+
+def test_a_command_outlives_the_nursery_and_is_still_heard_of(marker: str) -> None:
+    async def body(subject: Children) -> None:
+        command = subject.run(a_script(f"sleep {marker}; exit 6"))
+        await command.started()
+        await until(lambda: those_with(marker) - {command.pid})
+        assert subject.nursery_pid
+        os.kill(subject.nursery_pid, signal.SIGKILL)
+        await until(lambda: subject.nursery_pid is None)
+        for pid in those_with(marker) - {command.pid}:
+            os.kill(pid, signal.SIGTERM)
+        assert (await command.ended()).status == 6
+
+    with_children(body)
+
+
+def test_closing_leaves_no_process() -> None:
+    pids: set[int] = set()
+
+    async def body(subject: Children) -> None:
+        pids.update(await spares_of(subject))
+        assert subject.nursery_pid
+        pids.add(subject.nursery_pid)
+        await end_of(subject, an_order("true"))
+
+    with_children(body)
+    assert len(pids) == children.SPARES + 1
+    wait_for(lambda: not any(map(is_alive, pids)), 1.0)  # the one that ran the command says so before it ends
+
+
+def test_signals_to_the_whole_group_end_neither_nursery_nor_spares() -> None:
+    async def body(subject: Children) -> None:
+        spares = await spares_of(subject)
+        assert subject.nursery_pid
+        for pid in (subject.nursery_pid, *spares):
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                os.kill(pid, number)
+        assert await end_of(subject, an_order("true")) == Ended(0, "", 0)
+        assert subject.nursery_pid in {parent_of(pid) for pid in spares if is_alive(pid)}
+
+    with_children(body)
+
+
+def test_an_order_that_is_not_taken_in_time_is_given_up_and_never_done(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(children, "STARTED_IN", 0.2)
+    monkeypatch.setattr(children, "NURSERY_IN", 0.0)
+    trace = tmp_path / "trace"
+
+    async def body(subject: Children) -> None:
+        spares = await spares_of(subject)
+        for pid in spares:
+            os.kill(pid, signal.SIGSTOP)
+        command = subject.run(an_order("touch", str(trace)))
+        with pytest.raises(DuendeError, match=r"no child took the order within 0\.2 s"):
+            await command.started()
+        assert (await command.ended()).status is None
+        for pid in spares:
+            os.kill(pid, signal.SIGCONT)
+        await until(lambda: not all(map(is_alive, spares)))
+        assert await end_of(subject, an_order("true")) == Ended(0, "", 0)
+        assert not trace.exists()
+
+    with_children(body)
+
+
+def test_a_supervisor_that_is_killed_is_told_of(marker: str) -> None:
+    async def body(subject: Children) -> None:
+        command = subject.run(an_order("sleep", marker))
+        await command.started()
+        assert command.pid
+        os.kill(parent_of(command.pid), signal.SIGKILL)
+        assert await command.ended() == Ended(None, "", 0, "its supervisor is gone, and its end was not seen")
+        assert await command.end() == "its supervisor is gone, and its end was not seen"
+
+    with_children(body)
+
+
+def test_whoever_waits_may_be_cancelled_without_effect(marker: str) -> None:
+    async def body(subject: Children) -> None:
+        command = subject.run(an_order("sleep", marker))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(command.ended(), 0.2)
+        assert command.pid
+        assert is_alive(command.pid)
+        assert await command.end() == ""
+        assert (await command.ended()).status == -signal.SIGTERM
+
+    with_children(body)
+
+
+def test_memory_is_locked_in_the_nursery_and_in_its_spares_and_little_of_it_is_there_twice() -> None:
+    def own(pid: int) -> int:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        return sum(int(kib) for kib in re.findall(r"^Private_\w+:\s+(\d+) kB", text, re.MULTILINE)[:2])
+
+    async def body(subject: Children) -> None:
+        spares = await spares_of(subject)
+        for pid in (subject.nursery_pid, *spares):
+            assert pid
+            assert int(status_of(pid, "VmLck").split()[0]) > 8192
+        assert all(own(pid) < 3072 for pid in spares)
+
+    troubles: list[str] = []
+    with_children(body, lock_memory=True, on_trouble=troubles.append)
+    assert troubles == []
+
+
+def test_memory_that_cannot_be_locked_is_told_and_not_fatal() -> None:
+    program = """
+import asyncio, resource, ctypes
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
+ctypes.CDLL(None).prctl(24, 14, 0, 0, 0)  # PR_CAPBSET_DROP, CAP_IPC_LOCK: gone with the next exec
+from duende_ublkd.kernel.children import Children, CommandOrder
+async def main():
+    told = []
+    subject = Children(lock_memory=True, on_trouble=told.append)
+    command = subject.run(CommandOrder(1, ("true",), {"PATH": "/usr/bin:/bin"}, 5))
+    print((await command.ended()).status, told[0])
+    subject.close()
+asyncio.run(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
+    )
+    assert re.match(r"0 memory of the daemon's children cannot be locked: ", done.stdout)
+
+
+# --- a hand ----------------------------------------------------------------------------------------------------------
+
+
+async def stop(subject: Children, *, try_first: bool = False, rdev: tuple[int, int] = LOOP0) -> None:
+    await subject.stop_device(DEV_ID, rdev, try_first=try_first, deadline=5)
+
+
+@pytest.mark.usefixtures("obedient_control")
+def test_a_disk_without_a_node_is_not_stopped() -> None:
+    async def body(subject: Children) -> None:
+        with pytest.raises(CommandError, match="/dev/ublkb990: No such file") as caught:
+            await stop(subject)
+        assert caught.value.errno == errno.ENOENT
+
+    with_children(body)
+
+
+@pytest.mark.usefixtures("obedient_control")
+def test_a_node_that_is_no_block_device_or_another_disk_is_not_stopped(disk: Path) -> None:
+    async def body(subject: Children) -> None:
+        with pytest.raises(CommandError, match="not the disk that was looked at"):
+            await stop(subject, rdev=(7, 1))
+        disk.unlink()
+        disk.touch()
+        with pytest.raises(CommandError, match="not a block device"):
+            await stop(subject)
+        disk.unlink()
+        disk.symlink_to("/dev/loop0")
+        with pytest.raises(CommandError, match="symbolic links"):
+            await stop(subject)
+
+    with_children(body)
+
+
+@pytest.mark.usefixtures("disk", "obedient_control")
+@pytest.mark.parametrize("try_first", [False, True])
+def test_a_disk_that_is_claimed_is_busy(*, try_first: bool) -> None:
+    async def body(subject: Children) -> None:
+        claim = os.open("/dev/loop0", os.O_RDONLY | os.O_EXCL)
+        try:
+            with pytest.raises(BusyError, match="mounted, swapped on, or claimed by dm, md or loop"):
+                await stop(subject, try_first=try_first)
+        finally:
+            os.close(claim)
+        await stop(subject, try_first=try_first)
+
+    with_children(body)
+
+
+@pytest.mark.skipif(Path(abi.CONTROL_DEVICE).exists(), reason="there is a driver")
+@pytest.mark.usefixtures("disk")
+def test_without_a_driver_a_stop_says_what_to_type() -> None:
+    async def body(subject: Children) -> None:
+        with pytest.raises(KernelUnavailableError, match="ublk-control is missing") as caught:
+            await stop(subject)
+        assert caught.value.hint
+
+    with_children(body)
+
+
+class Answering(binding.WaitingRing):
+    """A driver that answers as told, and notes what it was asked and whether the disk was free then."""
+
+    def __init__(self, *answers: int) -> None:
+        self.answers = list(answers)
+        self.asked: list[tuple[int, bool]] = []
+
+    def perform(self, fd: int, entry: bytes) -> int:
+        assert Path(f"/proc/self/fd/{fd}").readlink() == Path("/dev/null")
+        command = int.from_bytes(entry[8:12], sys.byteorder)
+        try:
+            os.close(os.open("/dev/loop0", os.O_RDONLY | os.O_EXCL))
+            self.asked.append((command, True))
+        except OSError:
+            self.asked.append((command, False))
+        return self.answers.pop(0)
+
+
+STOP, TRY = abi.Command.STOP_DEV, abi.Command.TRY_STOP_DEV
+
+
+@pytest.mark.usefixtures("obedient_control")
+@pytest.mark.parametrize(
+    ("try_first", "answers", "asked", "told"),
+    [
+        (False, [0], [(STOP.encoded, False)], ("STOP_DEV", 0)),
+        (False, [-95, 0], [(STOP.encoded, False), (STOP.nr, False)], ("STOP_DEV", 0)),
+        (True, [0], [(TRY.encoded, True)], ("TRY_STOP_DEV", 0)),
+        (True, [-16], [(TRY.encoded, True)], ("TRY_STOP_DEV", -16)),
+        (True, [-524, 0], [(TRY.encoded, True), (STOP.encoded, False)], ("STOP_DEV", 0)),
+        (False, [-524, -524], [(STOP.encoded, False), (STOP.nr, False)], ("STOP_DEV", -524)),
+    ],
+)
+def test_a_stop_is_sent_with_the_disk_claimed_and_a_try_with_it_free(
+    disk: Path,
+    *,
+    try_first: bool,
+    answers: list[int],
+    asked: list[tuple[int, bool]],
+    told: tuple[str, int],
+) -> None:
+    driver = Answering(*answers)
+    order: dict[str, Any] = children._stop_order(DEV_ID, LOOP0, try_first=try_first)
+    answer = nursery._answer(order, driver)
+    assert driver.asked == asked
+    assert (answer["command"], answer["result"]) == told
+    os.close(os.open(disk, os.O_RDONLY | os.O_EXCL))  # nothing of it is left open
+
+
+class StoppedHand(children._Hand):
+    """Its child is stopped between `taken` and `go`."""
+
+    pids: list[int] = []  # noqa: RUF012 - filled by the loop, read by the test
+
+    def _hear(self, message: dict[str, Any] | None) -> None:
+        if message and "taken" in message:
+            self.pids.append(message["taken"])
+            os.kill(message["taken"], signal.SIGSTOP)
+        super()._hear(message)
+
+
+@pytest.mark.usefixtures("disk", "obedient_control")
+@pytest.mark.parametrize(("word", "result"), [(signal.SIGCONT, 0), (signal.SIGKILL, -errno.EINTR)])
+def test_a_hand_that_misses_its_deadline_is_overdue_and_its_late_answer_collected(
+    monkeypatch: pytest.MonkeyPatch, word: int, result: int
+) -> None:
+    late: list[tuple[str, int, int]] = []
+    monkeypatch.setattr(children, "_Hand", StoppedHand)
+
+    async def body(subject: Children) -> None:
+        with pytest.raises(CommandOverdueError, match=r"STOP_DEV on ublk990 has not answered for 0\.2 s"):
+            await subject.stop_device(DEV_ID, LOOP0, try_first=False, deadline=0.2)
+        assert late == []
+        os.kill(StoppedHand.pids[-1], word)
+        await until(lambda: late)
+        assert late == [("STOP_DEV", DEV_ID, result)]
+
+    with_children(body, on_late=lambda *what: late.append(what))
+
+
+@pytest.mark.usefixtures("disk", "obedient_control")
+def test_a_hand_that_cannot_be_had_is_an_error_and_nothing_is_done_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    late: list[object] = []
+    monkeypatch.setattr(children, "TAKEN_IN", 0.2)
+    monkeypatch.setattr(children, "NURSERY_IN", 0.0)
+
+    async def body(subject: Children) -> None:
+        spares = await spares_of(subject)
+        for pid in spares:
+            os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(DuendeError, match="was not sent: no child took the order"):
+            await stop(subject)
+        for pid in spares:
+            os.kill(pid, signal.SIGCONT)
+        await until(lambda: not all(map(is_alive, spares)))
+        await stop(subject)
+        assert late == []
+
+    with_children(body, on_late=lambda *what: late.append(what))
+
+
+@pytest.mark.usefixtures("disk", "obedient_control")
+def test_closing_does_not_wait_for_a_hand_that_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(children, "_Hand", StoppedHand)
+
+    async def body(subject: Children) -> None:
+        with pytest.raises(CommandOverdueError):
+            await subject.stop_device(DEV_ID, LOOP0, try_first=False, deadline=0.1)
+        began = time.monotonic()
+        subject.close()
+        assert time.monotonic() - began < 0.5
+
+    with_children(body)
+    os.kill(StoppedHand.pids[-1], signal.SIGKILL)
+
+
+# --- a ring that waits -----------------------------------------------------------------------------------------------
+
+
+def test_a_waiting_ring_gives_the_kernels_answers_one_by_one() -> None:
+    ring = binding.WaitingRing()
+    null = os.open("/dev/null", os.O_RDWR)
+    entry = abi.pack_sqe(abi.IORING_OP_URING_CMD, -1, 1, cmd_op=NULL_COMMAND)
+    closed = os.dup(null)
+    os.close(closed)
+    try:
+        assert [ring.perform(fd, entry) for fd in (null, closed) * 6] == [0, -errno.EBADF] * 6
+    finally:
+        os.close(null)
+        ring.close()
+
+
+def test_the_numbers_that_binding_has_of_its_own_are_those_of_abi() -> None:
+    """Those of abi are compared with the C compiler's."""
+    assert (binding.SETUP_SQE128, binding.OFF_SQES, binding.SQE_SIZE) == (
+        abi.IORING_SETUP_SQE128,
+        abi.IORING_OFF_SQES,
+        abi.SQE_SIZE,
+    )
+    assert -abi.ENOTSUPP in nursery._UNSUPPORTED
+    entry = abi.pack_sqe(abi.IORING_OP_URING_CMD, 0x01020304, 1)
+    assert entry[binding._FD_AT] == (0x01020304).to_bytes(4, sys.byteorder)
+
+
+def test_the_nursery_loads_nothing_that_is_large() -> None:
+    program = "import sys; import duende_ublkd.kernel.nursery; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", f"import sys; sys.path.extend({sys.path!r}); {program}"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = set(done.stdout.split())
+    assert "liburing.queue" in loaded
+    assert loaded.isdisjoint({"asyncio", "dataclasses", "inspect", "logging", "pathlib", "subprocess", "typing"})
