@@ -1,8 +1,7 @@
 """The commands: what they take, what they print, and their exit codes.
 
 Readers look at the kernel themselves, so that they work with and without a running daemon; a running one tells what it
-remembers of earlier looks. What a single look cannot tell, because it takes an unbroken time, is looked at again for a
-moment. What is on hold is known without a daemon too, and no command that acts goes on where that cannot be told.
+remembers of earlier looks.
 """
 
 from __future__ import annotations
@@ -14,44 +13,31 @@ import os
 import re
 import shutil
 import sys
-import time
 from dataclasses import replace
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import TYPE_CHECKING, NoReturn
 
 from duende_ublkd import __version__, check_config, planned
-from duende_ublkd.client import DaemonClient, run_directory, socket_path
+from duende_ublkd.client import DaemonClient, socket_path
 from duende_ublkd.core.config import MAX_DEV_ID, Config
-from duende_ublkd.core.errors import DuendeError, ExitCode, KernelUnavailableError, UsageError
-from duende_ublkd.core.model import Action, Outcome, VerdictKind
-from duende_ublkd.kernel import holdfile
+from duende_ublkd.core.errors import DuendeError, ExitCode, UsageError
+from duende_ublkd.core.model import Outcome
 from duende_ublkd.kernel.control import open_control_device
 from duende_ublkd.kernel.memory import keep_threads_small
+from duende_ublkd.once import is_left, settle
 from duende_ublkd.parts import DEFAULT_PATH, Parts, read_config
 from duende_ublkd.reconcile import facts_of
 from duende_ublkd.report import present
 from duende_ublkd.report.journal import set_up_logging
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from duende_ublkd.core.model import Deed, Judged, PassReport
-    from duende_ublkd.reconcile import Agenda, Reconciler
+    from duende_ublkd.reconcile import Reconciler
 
-SETTLE_FOR = 5.0
-"""Seconds that a one-shot command gives a device to make up its mind; a server's last I/O may take longer, and then the
-command says what it left."""
 LAST_LINES = 1.0  # seconds that the log's last lines may take
-SHORT_WAIT = 2.0
-"""Seconds of grace that a one-shot command sits out; a longer one is a device's own business, and is reported."""
 
 _DEVICE = re.compile(r"(?:/dev/)?(?:ublk[bc]?)?([0-9]{1,7})")
-_LEFT_OVER = {
-    VerdictKind.ORPHANED,
-    VerdictKind.PINNED,
-    VerdictKind.WEDGED,
-    VerdictKind.UNKNOWN,
-    VerdictKind.CLOSING,
-}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -157,11 +143,7 @@ async def _look(config: Config, dev_id: int | None) -> list[present.Explanation]
     parts = Parts(config, (), one_shot=True)
     remembered = _ask_daemon(parts.reconciler)
     try:
-        parts.reconciler.holds = holdfile.load(run_directory(), time.monotonic())
-    except DuendeError as error:
-        print(f"duende-ublkd: it cannot be told what is on hold: {error}", file=sys.stderr)
-    try:
-        await _settle(parts, None if dev_id is None else {dev_id}, act=False)
+        await settle(parts, None if dev_id is None else {dev_id}, act=False, on_unknown_holds=_say_unknown_holds)
         reconciler = parts.reconciler
         explanations = []
         for device in reconciler.devices.values():
@@ -172,6 +154,10 @@ async def _look(config: Config, dev_id: int | None) -> list[present.Explanation]
         return explanations
     finally:
         await parts.close()
+
+
+def _say_unknown_holds(error: DuendeError) -> None:
+    print(f"duende-ublkd: it cannot be told what is on hold: {error}; {error.hint}", file=sys.stderr)
 
 
 def _ask_daemon(reconciler: Reconciler) -> set[int]:
@@ -188,46 +174,6 @@ def _ask_daemon(reconciler: Reconciler) -> set[int]:
             continue  # a daemon of another version
         known.add(entry["dev_id"])
     return known
-
-
-class _Core(Protocol):
-    """What a one-shot look needs of its parts."""
-
-    reconciler: Reconciler
-    agenda: Agenda
-
-
-async def _settle(
-    parts: _Core, dev_ids: set[int] | None, *, act: bool, clock: Callable[[], float] = time.monotonic
-) -> None:
-    """Look, and look again at whatever may change in a moment, until nothing does or SETTLE_FOR is over."""
-    until = clock() + SETTLE_FOR
-    reconciler = parts.reconciler
-    wanted = dev_ids
-    while True:
-        report = await reconciler.run_pass(wanted, act=act, thorough=True)
-        if report.trouble:
-            raise KernelUnavailableError(report.trouble, hint=report.hint)
-        acted = await reconciler.finish_deeds()
-        parts.agenda.check()
-        waits = dict.fromkeys(acted & reconciler.devices.keys(), 0.05)  # spared, or deleted and held: what is it now?
-        for device in reconciler.devices.values():
-            if (wait := _wait_for(device, patient=act)) is not None:
-                waits.setdefault(device.seen.dev_id, wait)
-        if not waits or clock() > until:
-            return
-        await asyncio.sleep(min(waits.values()))
-        wanted = set(waits)
-
-
-def _wait_for(device: Judged, *, patient: bool) -> float | None:
-    """Seconds until another look is worth it; None when it is not. `patient`: also for whoever has it open to close it."""
-    verdict = device.verdict
-    if device.seen.usage and device.seen.usage.char_openers and not patient:
-        return None
-    if verdict.look_again_in is None or verdict.look_again_in > SHORT_WAIT:
-        return None
-    return verdict.look_again_in if verdict.kind in (VerdictKind.CLOSING, VerdictKind.STARTING) else None
 
 
 def _print_list(devices: list[Judged], *, as_json: bool) -> None:
@@ -287,16 +233,15 @@ async def _clean(config: Config, options: argparse.Namespace) -> ExitCode:
     report = _CleanReport(quiet=options.json)
     parts = Parts(config, (report,), without_grace=tuple(options.ids) if options.now else (), one_shot=True)
     try:
-        parts.reconciler.holds = holdfile.load(run_directory(), time.monotonic())
         _ask_daemon(parts.reconciler)
-        await _settle(parts, set(options.ids) or None, act=True)
+        await settle(parts, set(options.ids) or None, act=True)
         devices = list(parts.reconciler.devices.values())
     finally:
         await parts.close()
     cleaned = [deed for deed, _ in report.deeds if deed.outcome is Outcome.DELETED]
     would = {deed.dev_id for deed, _ in report.deeds if deed.outcome is Outcome.WOULD_DELETE}
     left = [
-        device for device in devices if _is_left(device, named=bool(options.ids)) and device.seen.dev_id not in would
+        device for device in devices if is_left(device, named=bool(options.ids)) and device.seen.dev_id not in would
     ]
     if options.json:
         print(
@@ -314,11 +259,3 @@ async def _clean(config: Config, options: argparse.Namespace) -> ExitCode:
             print(f"ublk{device.seen.dev_id} left, {device.verdict.kind.value}: {device.verdict.reason}")
         print(f"Cleaned {len(cleaned)} orphaned devices")
     return ExitCode.LEFT_OVER if left else ExitCode.DONE
-
-
-def _is_left(device: Judged, *, named: bool) -> bool:
-    """Whether somebody who wanted this id cleaned has to be told. A DEAD one that was named, also while it starts."""
-    kind = device.verdict.kind
-    if kind in _LEFT_OVER or device.verdict.action is Action.DELETE:
-        return True
-    return named and kind is VerdictKind.STARTING

@@ -244,9 +244,7 @@ class Deeds:
                 await claim.delete(again.info)
         except BusyError:
             reason = "somebody has opened its char device"
-            if (
-                device.verdict.kind is VerdictKind.UNSERVED
-            ):  # a server that nobody sees, and that a claim must not hinder
+            if device.verdict.kind is VerdictKind.UNSERVED:  # a new server: a claim must not hinder it again and again
                 self._ledger.note_failure(dev_id, reason, self._judge.clock())
             else:
                 self._ledger.note_open(dev_id, self._judge.clock())

@@ -29,23 +29,22 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 
-from duende_ublkd.client import run_directory
 from duende_ublkd.core.config import MAX_DEV_ID, Config, DaemonConfig, OnOrphan, OnUnserved, Policy
 from duende_ublkd.core.errors import (
     BusyError,
     CommandOverdueError,
     DuendeError,
     HeldError,
-    KernelUnavailableError,
     NoSuchDeviceError,
     UsageError,
 )
-from duende_ublkd.core.model import Action, Outcome, VerdictKind
-from duende_ublkd.kernel import holdfile, memory
+from duende_ublkd.core.model import Outcome, VerdictKind
+from duende_ublkd.kernel import memory
 from duende_ublkd.kernel.control import DEADLINE, Control, open_control_device
 from duende_ublkd.kernel.ring import Ring
+from duende_ublkd.once import is_left, settle
 from duende_ublkd.parts import FINISH_FOR, Parts, read_config
 from duende_ublkd.report.journal import Journal
 
@@ -53,15 +52,9 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 
     from duende_ublkd.core.model import Deed, DevInfo, Judged, PassReport
-    from duende_ublkd.reconcile import Agenda, Reconciler
 
 _T = TypeVar("_T")
 
-SETTLE_FOR = 5.0
-"""Seconds that a call gives a device to make up its mind; a server's last I/O may take longer."""
-SHORT_WAIT = 2.0
-"""Seconds of grace that a call sits out; a longer one is a device's own business."""
-_AGAIN = 0.05  # seconds after something was done, or not done: what is it now?
 _MOST_TRIES = 3
 """Of a stop: its children are only just started, and a cold or busy machine may have none ready for the first order."""
 _LONGEST_DEADLINE = 600.0
@@ -69,17 +62,9 @@ _GONE_IN = 1.0  # seconds for a thread to end; microseconds are normal
 _REAPED_IN = 5.0  # seconds for a nursery to end, which has to start first if it was hardly begun
 _GIVE_UP_FOR = FINISH_FOR + _REAPED_IN + 3.0  # seconds for an interrupted call to give everything back
 _GLANCE = 0.0005
-_ONLY_LOOKS = (VerdictKind.CLOSING, VerdictKind.STARTING)
 _BUSY = (VerdictKind.LIVE, VerdictKind.STARTING, VerdictKind.RECOVERING, VerdictKind.CLOSING)
 _NOT_TOLD_TO_STOP = "deadline-over"  # the policy's rule for a device without a server, where it does not say "delete"
 _MOST_NAMED = 3  # holders in a sentence
-_LEFT_OVER = (
-    VerdictKind.ORPHANED,
-    VerdictKind.PINNED,
-    VerdictKind.WEDGED,
-    VerdictKind.UNKNOWN,
-    VerdictKind.CLOSING,
-)
 
 
 class OnHoldError(DuendeError):
@@ -96,12 +81,13 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cleanup:
-    """What came of a clean-up. `left` empty means: nothing orphaned is there any more."""
+    """What came of a clean-up. `left` empty means: nothing orphaned is there any more.
+
+    `left`: what is orphaned, pinned, closing, wedged or unknown; of ids that were named, also what is starting.
+    """
 
     cleaned: tuple[int, ...] = ()  # deleted, and their ids are free
-    left: tuple[
-        Finding, ...
-    ] = ()  # still there: orphaned, pinned, closing, wedged, unknown; a named one also if starting
+    left: tuple[Finding, ...] = ()
     would_clean: tuple[int, ...] = ()  # dry run
 
 
@@ -303,58 +289,6 @@ def lock_memory(*, small_threads: bool = False) -> None:
     if small_threads:
         memory.keep_threads_small()
     memory.lock_memory()
-
-
-# --- one look, as the commands have it
-
-
-class Core(Protocol):
-    """What `settle` needs of a command's parts."""
-
-    reconciler: Reconciler
-    agenda: Agenda
-
-
-async def settle(parts: Core, dev_ids: set[int] | None, *, act: bool) -> None:
-    """Look, and look again at whatever may change in a moment, until nothing does or SETTLE_FOR is over.
-
-    What is on hold is read anew before each pass. KernelUnavailableError; DuendeError: nobody knows what is on hold.
-    """
-    reconciler, wanted = parts.reconciler, dev_ids
-    until = reconciler.clock() + SETTLE_FOR
-    while True:
-        reconciler.holds = holdfile.load(run_directory(), reconciler.clock())
-        report = await reconciler.run_pass(wanted, act=act, thorough=True)
-        if report.trouble:
-            raise KernelUnavailableError(report.trouble, hint=report.hint)
-        acted = await reconciler.finish_deeds()
-        parts.agenda.check()
-        waits = dict.fromkeys(acted & reconciler.devices.keys(), _AGAIN)
-        for device in reconciler.devices.values():
-            if (wait := _wait_for(device, patient=act)) is not None:
-                waits.setdefault(device.seen.dev_id, wait)
-        if not waits or reconciler.clock() > until:
-            return
-        await asyncio.sleep(min(waits.values()))
-        wanted = set(waits)
-
-
-def _wait_for(device: Judged, *, patient: bool) -> float | None:
-    """Seconds until another look is worth it; None when it is not. `patient`: also for whoever has it open to close it."""
-    verdict = device.verdict
-    if device.seen.usage and device.seen.usage.char_openers and not patient:
-        return None
-    if verdict.look_again_in is None or verdict.look_again_in > SHORT_WAIT:
-        return None
-    return verdict.look_again_in if verdict.kind in _ONLY_LOOKS else None
-
-
-def is_left(device: Judged, *, named: bool) -> bool:
-    """Whether somebody who wanted this id cleaned has to be told. A DEAD one that was named, also while it starts."""
-    kind = device.verdict.kind
-    if kind in _LEFT_OVER or device.verdict.action is Action.DELETE:
-        return True
-    return named and kind is VerdictKind.STARTING
 
 
 @contextlib.asynccontextmanager

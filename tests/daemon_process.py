@@ -25,7 +25,9 @@ class DaemonProcess:
         self.config_path = self.directory / "config.toml"
         state = f'state_dir = "{self.directory / "state"}"'
         whole = config if "[daemon]" in config else f"[daemon]\n{config}"
-        self.config_path.write_text(whole.replace("[daemon]", f"[daemon]\n{state}", 1))
+        self.config_path.write_text(
+            whole if "state_dir" in whole else whole.replace("[daemon]", f"[daemon]\n{state}", 1)
+        )
         self.port = port
         self.log_path = self.directory / "log"
         self._environment = environment or {}

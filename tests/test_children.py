@@ -441,6 +441,7 @@ def test_a_process_that_got_the_pid_of_a_descendant_is_not_signalled(
     marker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     subprocess.run(["sh", "-c", f"sleep {marker} >/dev/null 2>&1 &"], check=True)
+    wait_for(lambda: those_with(marker))  # the shell forks first
     (stranger,) = those_with(marker)
     assert parent_of(stranger) != os.getpid()
     monkeypatch.setattr(nursery, "descendants", lambda: [stranger])

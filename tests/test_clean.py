@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from duende_ublkd import cli
+from duende_ublkd import cli, once
 from duende_ublkd.core.config import Config
 from duende_ublkd.reconcile import Agenda, Reconciler
 from tests.fake_kernel import FakeKernel, run
@@ -27,7 +27,7 @@ class Bench:
         self.reconciler = Reconciler(self.kernel, Config(), report, self.agenda, without_grace=[self.own], clock=clock)
 
     async def clean(self) -> None:
-        await cli._settle(self, {self.own}, act=True, clock=asyncio.get_running_loop().time)
+        await once.settle(self, {self.own}, act=True)
 
 
 def on_the_bench(test: Callable[[Bench], Awaitable[None]]) -> None:
@@ -69,7 +69,7 @@ def test_a_server_that_stays_is_left_alone_and_not_waited_for_beyond_the_limit()
         loop = asyncio.get_running_loop()
         began = loop.time()
         await bench.clean()
-        assert loop.time() - began < cli.SETTLE_FOR
+        assert loop.time() - began < once.SETTLE_FOR
         assert bench.kernel.taken
 
     on_the_bench(test)

@@ -26,6 +26,7 @@ from duende_ublkd import (
     cleanup_orphaned_devices,
     detect_orphaned_devices,
     interface,
+    once,
 )
 from duende_ublkd.core.config import Config
 from duende_ublkd.core.errors import ExitCode
@@ -302,6 +303,20 @@ def test_a_process_may_fork_after_a_call() -> None:
     python(program)
 
 
+def test_where_no_thread_can_be_made_a_call_says_so_at_once() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can become somebody who has a limit")
+    program = (
+        "import os, resource\n"
+        "from duende_ublkd import DuendeError, UblkControl\n"
+        "resource.setrlimit(resource.RLIMIT_NPROC, (1, 1))\n"
+        "os.setuid(65534)\n"
+        "try: UblkControl.open()\n"
+        "except DuendeError as error: print(error, '|', error.hint)\n"
+    )
+    assert "no thread can be started | look at: ulimit -u" in python(program)
+
+
 # What a call waits for, on the fake kernel in virtual time
 
 
@@ -354,8 +369,22 @@ def test_a_device_that_somebody_has_open_for_a_moment_is_tried_again(on_the_benc
         await asyncio.sleep(100)
         orphan.claimed = True  # by the daemon, or by whoever probes
         asyncio.get_running_loop().call_later(0.05, setattr, orphan, "claimed", False)
-        await interface.settle(bench, {0}, act=True)
+        await once.settle(bench, {0}, act=True)
         assert not bench.kernel.taken
+
+    on_the_bench(test)
+
+
+def test_what_was_done_is_looked_at_once_more_however_late_it_is(
+    on_the_bench: OnTheBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(once, "SETTLE_FOR", 0.0)
+
+    async def test(bench: Bench) -> None:
+        bench.orphan().claimed = True
+        await asyncio.sleep(100)
+        await once.settle(bench, {0}, act=True)
+        assert "somebody who cannot be seen has its char device open" in bench.reconciler.devices[0].verdict.reason
 
     on_the_bench(test)
 
@@ -364,7 +393,7 @@ def test_looking_touches_nothing(on_the_bench: OnTheBench) -> None:
     async def test(bench: Bench) -> None:
         bench.orphan()
         await asyncio.sleep(100)
-        await interface.settle(bench, None, act=False)
+        await once.settle(bench, None, act=False)
         assert bench.reconciler.devices[0].verdict.kind is VerdictKind.ORPHANED
         assert bench.kernel.taken
 
@@ -376,7 +405,7 @@ def test_a_look_does_not_wait_for_whoever_has_it_open(on_the_bench: OnTheBench) 
         device = bench.kernel.serve()
         bench.kernel.stop(device)  # and its server keeps it open
         began = asyncio.get_running_loop().time()
-        await interface.settle(bench, None, act=False)
+        await once.settle(bench, None, act=False)
         assert asyncio.get_running_loop().time() - began < 0.1
 
     on_the_bench(test)
@@ -387,21 +416,18 @@ def test_a_device_that_never_makes_up_its_mind_is_waited_for_up_to_the_limit(on_
         loop = asyncio.get_running_loop()
         bench.kernel.serve()
         restless = bench.kernel.serve()
-        bench.kernel.stop(restless)
-        (server,) = restless.openers
+        await bench.reconciler.run_pass(None)  # sees it LIVE, so that it has the shorter grace
+        bench.kernel.kill(restless.openers[0])
 
-        def turn() -> None:
-            if server in restless.openers:
-                restless.openers.remove(server)
-            else:
-                restless.openers.append(server)
-            loop.call_later(0.2, turn)
+        def open_and_close() -> None:
+            bench.reconciler.note_opened(restless.dev_id)
+            loop.call_later(0.2, open_and_close)
 
-        turn()
+        open_and_close()
         began = loop.time()
-        async with asyncio.timeout(10 * interface.SETTLE_FOR):
-            await interface.settle(bench, {restless.dev_id}, act=True)
-        assert interface.SETTLE_FOR <= loop.time() - began < interface.SETTLE_FOR + interface.SHORT_WAIT
+        async with asyncio.timeout(10 * once.SETTLE_FOR):
+            await once.settle(bench, {restless.dev_id}, act=True)
+        assert once.SETTLE_FOR <= loop.time() - began < once.SETTLE_FOR + once.SHORT_WAIT
         assert restless.dev_id in bench.kernel.taken
 
     on_the_bench(test)
@@ -412,17 +438,17 @@ def test_what_is_on_hold_is_left_and_what_is_held_while_it_is_waited_for_too(on_
         orphan = bench.orphan()
         await asyncio.sleep(100)
         bench.hold(0)
-        await interface.settle(bench, {0}, act=True)
+        await once.settle(bench, {0}, act=True)
         assert bench.kernel.taken
         assert "on hold" in bench.reconciler.devices[0].verdict.reason
         (bench.directory / holdfile.NAME).unlink()
         orphan.claimed = True  # so that it is looked at once more
         asyncio.get_running_loop().call_later(0.05, setattr, orphan, "claimed", False)
         asyncio.get_running_loop().call_later(0.02, bench.hold, 0)
-        await interface.settle(bench, {0}, act=True)
+        await once.settle(bench, {0}, act=True)
         assert bench.kernel.taken
         (bench.directory / holdfile.NAME).unlink()
-        await interface.settle(bench, {0}, act=True)
+        await once.settle(bench, {0}, act=True)
         assert not bench.kernel.taken
 
     on_the_bench(test)
@@ -434,7 +460,7 @@ def test_when_nobody_knows_what_is_on_hold_nothing_is_done(on_the_bench: OnTheBe
         await asyncio.sleep(100)
         (bench.directory / holdfile.NAME).write_text("[]")
         with pytest.raises(DuendeError, match="nobody knows which devices are on hold"):
-            await interface.settle(bench, {0}, act=True)
+            await once.settle(bench, {0}, act=True)
         assert bench.kernel.taken
 
     on_the_bench(test)
@@ -446,7 +472,7 @@ def test_a_defect_in_a_deletion_is_not_swallowed(on_the_bench: OnTheBench) -> No
         await asyncio.sleep(100)
         bench.agenda.fail(ZeroDivisionError("a defect"))
         with pytest.raises(ZeroDivisionError):
-            await interface.settle(bench, {0}, act=True)
+            await once.settle(bench, {0}, act=True)
 
     on_the_bench(test)
 

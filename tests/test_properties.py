@@ -60,6 +60,7 @@ class Daemon:
         """`former`: whose configuration, holds and records it goes on with."""
         self._agenda = Agenda(loop)
         self._reconciler = Reconciler(kernel, Config(), Silent(), self._agenda, clock=loop.time)
+        self._found: dict[int, Any] = {}
         if former:
             self._take_over(former)
         self.task = loop.create_task(self._run())
@@ -70,7 +71,8 @@ class Daemon:
         self.configure(former._reconciler.config)
         for hold in former._reconciler.holds.all():
             self._reconciler.hold(hold)
-        for dev_id, record in former.records.items():
+        self._found = former.records
+        for dev_id, record in self._found.items():
             self._reconciler.ledger.remember(dev_id, json.loads(json.dumps(record)))
 
     def configure(self, config: Config) -> None:
@@ -84,9 +86,9 @@ class Daemon:
 
     @property
     def records(self) -> dict[int, Any]:
-        """What it has written down."""
+        """What is written down: also what a daemon that was killed before its first look has found so."""
         ledger = self._reconciler.ledger
-        return {dev_id: record for dev_id in ledger.ids() if (record := ledger.to_record(dev_id))}
+        return self._found | {dev_id: record for dev_id in ledger.ids() if (record := ledger.to_record(dev_id))}
 
     async def _run(self) -> None:
         self._agenda.soon(None)
@@ -197,8 +199,6 @@ class Histories(RuleBasedStateMachine):
             assert [each for each in left if self.has_to_be_given_up(each)] == [], (
                 "its deadline is over, and it is left"
             )
-            running = [each for each in self.kernel.commands if not each.is_over]
-            assert running == [], "a command runs for ever"
             assert [each for each in left if not each.listed and not each.openers] == [], "an id is left"
             assert [each for each in alive if each not in left] == [], "somebody's device is gone"
         finally:
@@ -233,7 +233,7 @@ class Histories(RuleBasedStateMachine):
 
     @invariant()
     def nothing_in_use_was_touched(self) -> None:
-        assert self.kernel.violations == []
+        assert self.kernel.violations == [], self.kernel.violations
 
     @invariant()
     def the_daemon_runs(self) -> None:
@@ -249,6 +249,7 @@ class Histories(RuleBasedStateMachine):
         believes_in_async=st.booleans(),
         unserved=st.sampled_from(OnUnserved),
         does=st.sampled_from(WHAT_COMMANDS_DO),
+        first=st.lists(st.sampled_from([PLAIN, QUEUEING, FAILING]), min_size=1, max_size=3),
     )
     def boot(
         self,
@@ -259,7 +260,9 @@ class Histories(RuleBasedStateMachine):
         believes_in_async: bool,
         unserved: OnUnserved,
         does: Callable[[FakeCommand], None],
+        first: list[int],
     ) -> None:
+        """`first`: flags of devices whose server the daemon sees, and sees die."""
         self.kernel.on_command = does
         recover = RULE if unserved is OnUnserved.RECOVER else None
         self.daemon.configure(Config(policy=Policy(unserved=unserved, recovery_deadline=DEADLINE, recover=recover)))
@@ -270,6 +273,11 @@ class Histories(RuleBasedStateMachine):
         self.kernel.traits = Traits(generation[1] and believes_in_async, generation[1])
         self.kernel.settles_in = settles_in
         self.kernel.disk_goes_first = disk_goes_first
+        devices = [self.kernel.serve(flags=flags) for flags in first]
+        self.loop.run_until_complete(asyncio.sleep(0.05))
+        for each in devices:
+            self.kernel.kill(each.adder)
+        self.loop.run_until_complete(asyncio.sleep(settles_in + DEADLINE * bool(len(first) % 2)))
 
     @rule(seconds=st.sampled_from([0.0005, 0.001, 0.0015, 0.002, 0.004, 0.05, 0.1, 0.3, 0.6, 2.0, 15.0, 31.0, 62.0]))
     def time_passes(self, seconds: float) -> None:

@@ -150,6 +150,9 @@ def _live_without_disk(past: History, now: float) -> Verdict:
 def _without_server(seen: Observation, past: History, policy: Policy, now: float) -> Verdict:
     """QUIESCED or FAIL_IO: a server may come at any moment, by itself or because our command starts one."""
     name, lasted = seen.state_name, now - past.phase_since
+    if seen.identity.sysfs_inode is None:
+        reason = f"{name}, and deleted: its char device is gone, so that no server can take it"
+        return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0, rule="deleted-undead")
     if seen.disk is None:
         if past.was_live and lasted < SETTLING:
             reason = f"{name}, its disk gone: being stopped"
@@ -415,6 +418,7 @@ WHAT_WOULD_CHANGE_IT = {
     "paused": "the pause being over",
     "pinned": "the holder letting go: umount, swapoff, closing it",
     "deleted": "the last reference going",
+    "deleted-undead": "STOP_DEV by a person who knows what waits for it",
     "deleted-and-held": "the holder letting go; the id then frees itself",
     "orphaned": "anybody opening it",
 }

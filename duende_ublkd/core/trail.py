@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+OVERRUN = 15.0
+"""Seconds that a command may outlive its limit: its time counts from when a child took it, and ending it takes a while."""
+
 
 @dataclass(frozen=True, slots=True)
 class Trail:
@@ -48,7 +51,8 @@ class Trail:
     def abandoned(self) -> Trail:
         """The daemon that ran the command is gone; the command may run on until its limit, and nothing beside it."""
         why = f"the daemon ended during attempt {self.attempts}"
-        return replace(self, began=None, trouble=why, not_before=max(self.limit, self.not_before))
+        limit = self.limit + OVERRUN
+        return replace(self, began=None, limit=limit, trouble=why, not_before=max(limit, self.not_before))
 
     def looked_at(self, now: float, stable: float, *, served: bool) -> Trail:
         """A look found it served or not."""

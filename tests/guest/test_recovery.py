@@ -10,12 +10,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from duende_ublkd.core.model import Feature, KernelState
 from tests.daemon_process import DaemonProcess, command
+from tests.guest.events import events
 from tests.native_server import NativeServer
 from tests.server.harness import (
     ServerProcess,
@@ -28,6 +28,7 @@ from tests.server.harness import (
 )
 
 RAMFS = Path("/tmp/ramfs")
+REISSUE = ("--recovery", "--flags", hex(Feature.USER_RECOVERY_REISSUE))  # what the dead server had taken is asked again
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,6 +38,14 @@ def ramfs() -> Iterator[None]:
     subprocess.run(["mount", "-t", "ramfs", "ramfs", str(RAMFS)], check=True)
     yield
     subprocess.run(["umount", str(RAMFS)], check=True)
+
+
+@pytest.fixture(autouse=True)
+def _clean() -> Iterator[None]:
+    """Whatever a test leaves, the next one finds the ids free."""
+    yield
+    for dev_id in (3, 4, 5):
+        drop(dev_id)
 
 
 @pytest.fixture
@@ -153,7 +162,7 @@ def test_a_mounted_file_system_under_load_survives_its_servers_death(how: str, b
     target.mkdir(exist_ok=True)
     with (
         DaemonProcess(recovering(*mini(*options), attempts=10)) as daemon,
-        NativeServer("--id", "3", "--recovery", "--size", "64", "--backing", str(backing)) as server,
+        NativeServer("--id", "3", *REISSUE, "--size", "64", "--backing", str(backing)) as server,
     ):
         server.wait_for("LIVE")
         subprocess.run(["mkfs.ext4", "-q", block_device(3)], check=True)
@@ -178,7 +187,6 @@ def test_a_mounted_file_system_under_load_survives_its_servers_death(how: str, b
         assert daemon.stop() == 0
         assert "Traceback" not in daemon.log
         assert is_live(3), "the server that was recovered outlives the daemon"
-        drop(3)
 
 
 BAD_COMMANDS = {
@@ -215,7 +223,7 @@ def test_a_bad_recovery_command_is_bounded_explained_and_counted(what: str) -> N
         wait_until(lambda: not [pid for pid in pids_of("sleep") if pid], 10, "nothing of the command is left")
         status = Path(f"/proc/{daemon.process.pid}/status").read_text()
         assert int(status.split("VmRSS:")[1].split()[0]) < 100 << 10
-        explained = command("explain", "3").stdout
+        explained = command("explain", "3", "--config", str(daemon.config_path)).stdout
         assert "2 of 2 attempts used up" in explained, explained
         assert "rule:         given-up" in explained, explained
         info = device_info(3)
@@ -225,7 +233,6 @@ def test_a_bad_recovery_command_is_bounded_explained_and_counted(what: str) -> N
             second.wait_for("RECOVERED")
             daemon.wait_verdict(3, "live")
         assert daemon.stop() == 0
-        drop(3)
 
 
 def test_a_server_that_recovers_by_itself_meets_no_command_of_ours() -> None:
@@ -255,7 +262,6 @@ def test_a_server_that_recovers_by_itself_meets_no_command_of_ours() -> None:
             assert "recovery command" not in daemon.log
         daemon.wait_log("ublk3 recovered", 30)  # the slow one has died
         assert daemon.stop() == 0
-        drop(3)
 
 
 def test_somebody_who_is_quicker_than_a_slow_command_is_not_fought() -> None:
@@ -275,7 +281,6 @@ def test_somebody_who_is_quicker_than_a_slow_command_is_not_fought() -> None:
             assert is_live(3)
             assert daemon.wait_verdict(3, "live")
         assert daemon.stop() == 0
-        drop(3)
 
 
 def test_a_flapping_server_opens_the_breaker_and_calls_one_person_once() -> None:
@@ -302,7 +307,6 @@ def test_a_flapping_server_opens_the_breaker_and_calls_one_person_once() -> None
             "it is tried anew",
         )
         assert daemon.stop() == 0
-        drop(3)
 
 
 def test_a_restarted_daemon_goes_on_counting_and_lets_the_running_command_be() -> None:
@@ -326,7 +330,6 @@ def test_a_restarted_daemon_goes_on_counting_and_lets_the_running_command_be() -
         daemon.wait_log("attempt 2 of 3", 30)
         daemon.wait_log("recovery given up after 3 attempts", 60)
         assert daemon.stop() == 0
-        drop(3)
 
 
 def test_a_hold_keeps_hands_off_across_a_restart_and_the_action_follows_its_end() -> None:
@@ -364,7 +367,6 @@ def test_a_hold_keeps_hands_off_across_a_restart_and_the_action_follows_its_end(
         assert any("on hold for 20s by root (upgrade)" in text for text in kinds), kinds
         assert any("on hold no more" in text for text in kinds), kinds
         assert daemon.stop() == 0
-        drop(3)
 
 
 def test_an_unserved_device_is_given_up_only_when_nobody_holds_it() -> None:
@@ -425,7 +427,6 @@ def test_a_failing_device_is_recovered_too() -> None:
         server.kill()
         daemon.wait_log("ublk3 recovered: served again", 30)
         assert daemon.stop() == 0
-        drop(3)
 
 
 def pids_of(comm: str) -> list[int]:
@@ -437,9 +438,3 @@ def pids_of(comm: str) -> list[int]:
         except OSError:
             continue
     return found
-
-
-def events() -> list[dict[str, Any]]:
-    done = command("events", "--json", "--limit", "1000")
-    assert done.returncode == 0, done.stderr
-    return list(json.loads(done.stdout))
