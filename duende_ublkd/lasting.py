@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from duende_ublkd.core.model import Judged, PassReport
     from duende_ublkd.reconcile import Reconciler
 
+_READ_FOR = 10.0  # seconds that the first look waits for what a former daemon knew; a cold start takes a few
 _HOLDS = "holds"
 _DEVICE = "device/"
 
@@ -52,7 +53,7 @@ class Lasting:
     async def restore(self, reconciler: Reconciler) -> None:
         """Start the journal, and go on from what it has kept."""
         self._reconciler = reconciler
-        saved = await self.store.open()
+        saved = await self.store.open(_READ_FOR)
         for key, value in saved.items():
             if key.startswith(_DEVICE):
                 self._restore_device(reconciler, key, value)

@@ -8,8 +8,8 @@ from typing import Self
 class NativeServer:
     """`mini_server` with the given arguments; announces `WORD ID` lines."""
 
-    def __init__(self, *arguments: str) -> None:
-        self._process = subprocess.Popen(["mini_server", *arguments], stdout=subprocess.PIPE, text=True)
+    def __init__(self, *arguments: str, program: str = "mini_server") -> None:
+        self._process = subprocess.Popen([program, *arguments], stdout=subprocess.PIPE, text=True)
         self.pid = self._process.pid
 
     def __enter__(self) -> Self:
