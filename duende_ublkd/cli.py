@@ -17,13 +17,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
 from duende_ublkd import __version__, check_config, planned
-from duende_ublkd.client import DaemonClient, socket_path
 from duende_ublkd.core.config import MAX_DEV_ID, Config
 from duende_ublkd.core.errors import DuendeError, ExitCode, UsageError
 from duende_ublkd.core.model import Outcome
 from duende_ublkd.kernel.control import open_control_device
-from duende_ublkd.kernel.memory import keep_threads_small
-from duende_ublkd.once import is_left, settle
+from duende_ublkd.kernel.memory import keep_threads_small, reclaim_without_io
+from duende_ublkd.once import ask_daemon, is_left, settle
 from duende_ublkd.parts import DEFAULT_PATH, Parts, read_config
 from duende_ublkd.reconcile import facts_of
 from duende_ublkd.report import present
@@ -33,11 +32,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from duende_ublkd.core.model import Deed, Judged, PassReport
-    from duende_ublkd.reconcile import Reconciler
 
-LAST_LINES = 1.0  # seconds that the log's last lines may take
+LAST_LINES = 0.5  # seconds that the log's last lines may take
 
 _DEVICE = re.compile(r"(?:/dev/)?(?:ublk[bc]?)?([0-9]{1,7})")
+
+
+class LogHangsError(Exception):
+    """The daemon is done, and whoever reads its log does not: nothing more may be written, nor flushed at the end."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,13 +64,17 @@ def run(arguments: Sequence[str]) -> ExitCode:
         config = replace(config, daemon=replace(config.daemon, dry_run=True))
     if command == "run":
         keep_threads_small()
+        if config.daemon.lock_memory:
+            reclaim_without_io()  # what it cannot have, it does without
         outlet = set_up_logging()
         from duende_ublkd import daemon  # noqa: PLC0415 - its imports (HTTP, metrics, udev) are heavy, and no other's
 
         try:
             asyncio.run(daemon.run(config, options.config))
         finally:
-            outlet.drain(LAST_LINES)
+            is_read = outlet.drain(LAST_LINES)
+        if not is_read:
+            raise LogHangsError
         return ExitCode.DONE
     os.close(open_control_device())
     if command == "clean":
@@ -141,7 +147,7 @@ def _check_config(options: argparse.Namespace) -> ExitCode:
 async def _look(config: Config, dev_id: int | None) -> list[present.Explanation]:
     """Judge all devices, or one, without touching any."""
     parts = Parts(config, (), one_shot=True)
-    remembered = _ask_daemon(parts.reconciler)
+    remembered = ask_daemon(parts.reconciler)
     try:
         await settle(parts, None if dev_id is None else {dev_id}, act=False, on_unknown_holds=_say_unknown_holds)
         reconciler = parts.reconciler
@@ -158,22 +164,6 @@ async def _look(config: Config, dev_id: int | None) -> list[present.Explanation]
 
 def _say_unknown_holds(error: DuendeError) -> None:
     print(f"duende-ublkd: it cannot be told what is on hold: {error}; {error.hint}", file=sys.stderr)
-
-
-def _ask_daemon(reconciler: Reconciler) -> set[int]:
-    """Go on from what a running daemon remembers, if root's; the ids that it knows."""
-    try:
-        records = DaemonClient(socket_path()).get("/api/v1/records", trusted=True)
-    except DuendeError:
-        return set()  # none runs, or none that answers: this look stands alone, and `explain` says so
-    known = set()
-    for entry in records:
-        try:
-            reconciler.ledger.remember(entry["dev_id"], entry["record"], has_ended=False)
-        except ValueError:
-            continue  # a daemon of another version
-        known.add(entry["dev_id"])
-    return known
 
 
 def _print_list(devices: list[Judged], *, as_json: bool) -> None:
@@ -233,7 +223,7 @@ async def _clean(config: Config, options: argparse.Namespace) -> ExitCode:
     report = _CleanReport(quiet=options.json)
     parts = Parts(config, (report,), without_grace=tuple(options.ids) if options.now else (), one_shot=True)
     try:
-        _ask_daemon(parts.reconciler)
+        ask_daemon(parts.reconciler)
         await settle(parts, set(options.ids) or None, act=True)
         devices = list(parts.reconciler.devices.values())
     finally:

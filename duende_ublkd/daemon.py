@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import threading
 import time
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ from duende_ublkd.report.metrics import Metrics
 from duende_ublkd.report.web import SOCKET_NAME, WebServer
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
     from typing import Any
 
     from duende_ublkd.core.config import Address, Config
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from duende_ublkd.core.model import Judged, PassReport
     from duende_ublkd.report.store import Record
 
+_LAST_WORDS = 0.5  # seconds that the journal has for what is not written yet
+_READ_FOR = 5.0  # seconds for a changed configuration to be read, and the users in it to be looked up
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -52,7 +55,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._ready = False
         self._metrics = Metrics()
-        self._lasting = Lasting(config, directory)
+        self._lasting = Lasting(config, directory, self._spawn)
         self._journal = self._lasting.journal
         self._parts = Parts(
             config,
@@ -127,11 +130,17 @@ class Daemon:
             await self._run()
         finally:
             tell_service_manager("STOPPING=1")
-            await self._parts.close()
-            for server in filter(None, (self._web, self._local)):
-                await server.close()
+            left, _ = await asyncio.gather(self._parts.close(), self._close_servers())
+            for dev_id in sorted(left):
+                self._note(Level.WARNING, f"ublk{dev_id}: its deletion is not over, and the kernel's to finish")
             self._note(Level.INFO, "stopped")
-            await self._lasting.store.close()
+            await self._lasting.store.close(_LAST_WORDS)
+
+    def _spawn(self, argv: Sequence[str], stdin: int) -> None:
+        self._parts.children.spawn(argv, stdin)
+
+    async def _close_servers(self) -> None:
+        await asyncio.gather(*(server.close() for server in (self._web, self._local) if server))
 
     async def _run(self) -> None:
         self._nodes = NodeWatch(self)
@@ -172,6 +181,7 @@ class Daemon:
         first = await self._parts.reconciler.run_pass(None)
         if first.trouble:
             raise KernelUnavailableError(first.trouble, hint=first.hint)
+        self._lasting.forget_the_gone()
         self._ready = True
         self._agenda.later(None, self._config.daemon.resync_interval)
 
@@ -183,7 +193,7 @@ class Daemon:
             self._keep_children()
 
     def _keep_children(self) -> None:
-        """Should they have died: others, before they are needed."""
+        """Should they have died, and none of them taken the place of the dead: others, before they are needed."""
         try:
             self._parts.children.start()
         except DuendeError as error:
@@ -273,7 +283,7 @@ class Daemon:
     async def _take_config(self) -> str:
         tell_service_manager(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
-            config = read_config(self._path)
+            config = await _in_a_thread(lambda: read_config(self._path))
             if config.http.listen != self._config.http.listen:
                 web = await self._listen(config.http.listen)
                 if self._web:
@@ -304,6 +314,39 @@ class Daemon:
         server = WebServer(self, self._metrics)
         await server.listen(address.host, address.port)
         return server
+
+
+async def _in_a_thread(read: Callable[[], Config]) -> Config:
+    """Read what is on disks, and may be asked of others, without having the loop wait. DuendeError: it takes too long.
+
+    Not an executor of asyncio's, whose threads are waited for at the end.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[Config] = loop.create_future()
+
+    def settle(outcome: Config | BaseException) -> None:
+        if answer.done():
+            return
+        if isinstance(outcome, BaseException):
+            answer.set_exception(outcome)
+        else:
+            answer.set_result(outcome)
+
+    def work() -> None:
+        try:
+            outcome: Config | BaseException = read()
+        except BaseException as error:  # noqa: BLE001 - whoever waits gets it
+            outcome = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, outcome)
+
+    threading.Thread(target=work, name="configuration", daemon=True).start()
+    try:
+        async with asyncio.timeout(_READ_FOR):
+            return await answer
+    except TimeoutError:
+        why = f"the configuration could not be read within {_READ_FOR:g} s"
+        raise DuendeError(why, hint="is its disk, or who knows the users in it, out of order?") from None
 
 
 def _needs_restart(old: Config, new: Config) -> str:

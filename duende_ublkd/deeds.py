@@ -33,12 +33,12 @@ from duende_ublkd.core.model import Action, Deed, Judged, KernelState, Outcome, 
 from duende_ublkd.core.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping
     from contextlib import AbstractContextManager
 
     from duende_ublkd.core.config import Policy, Recovery
     from duende_ublkd.core.ledger import History, Ledger
-    from duende_ublkd.core.model import DevInfo, DriverFacts, Observation, Usage, Verdict
+    from duende_ublkd.core.model import DevInfo, DriverFacts, Observation, Server, Usage, Verdict
     from duende_ublkd.core.policy import Traits
     from duende_ublkd.core.trail import Trail
 
@@ -62,8 +62,11 @@ class Claim(Protocol):
     async def look_again(self) -> Observation | None:
         """Look once more at what the claim pins; None: the id is free."""
 
-    async def stop(self, seen: Observation) -> None:
-        """Stop a device without a server, which fails its waiting I/O. HeldError: somebody holds its disk."""
+    async def stop(self, seen: Observation, may_go: Callable[[], bool]) -> None:
+        """Stop a device without a server, which fails its waiting I/O. HeldError: somebody holds its disk.
+
+        DuendeError: `may_go`, asked at the last moment, said no.
+        """
 
     async def delete(self, info: DevInfo) -> None:
         """Delete it and release the claim; InterruptedCommandError: deleted, and held."""
@@ -100,6 +103,9 @@ class Command(Protocol):
     def keep(self) -> None:
         """No limits any more: it, or a child of it, serves."""
 
+    def leave(self) -> None:
+        """Nobody can tell: it goes on until its time is over, and then ends unless it has a device open."""
+
     async def end(self) -> str:
         """End it and its children; what was left, and why."""
 
@@ -126,10 +132,15 @@ class Kernel(Protocol):
     def claim(self, seen: Observation) -> AbstractContextManager[Claim]:
         """Hold a device exclusively; BusyError, NoSuchDeviceError."""
 
-    def run_command(
-        self, dev_id: int, argv: tuple[str, ...], environment: Mapping[str, str], rule: Recovery
+    async def run_command(
+        self,
+        seen: Observation,
+        argv: tuple[str, ...],
+        environment: Mapping[str, str],
+        rule: Recovery,
+        may_go: Callable[[], bool],
     ) -> Command:
-        """Start a recovery command; DuendeError."""
+        """Start a recovery command, if `may_go` says so at the last moment; DuendeError: also while a former one runs."""
 
 
 class Reporter(Protocol):
@@ -151,6 +162,9 @@ class Judge(Protocol):
 
     def decide(self, seen: Observation, history: History) -> Verdict:
         """What a device is, and what to do."""
+
+    def is_held(self, seen: Observation) -> bool:
+        """Somebody has it on hold."""
 
     def policy_for(self, seen: Observation, history: History) -> Policy:
         """The policy that the configuration gives this device."""
@@ -261,12 +275,14 @@ class Deeds:
 
     async def _stop(self, device: Judged, claim: Claim, again: Observation) -> tuple[Outcome, str]:
         """Stop what nobody serves and nobody holds; who holds it is looked for once more, now that no server can come."""
-        usage = await self._kernel.look_for_users([again], {again.dev_id: _rdevs(device.seen)})
+        usage = await self._kernel.look_for_users(
+            [again], {again.dev_id: device.seen.disk.rdevs if device.seen.disk else frozenset()}
+        )
         again = replace(again, usage=usage.get(again.dev_id))
         if reason := self._why_not(device, again):
             return self._spare(again.dev_id, reason)
         try:
-            await claim.stop(again)
+            await claim.stop(again, lambda: not self._judge.is_held(again))
         except HeldError as error:
             self._ledger.note_failure(again.dev_id, error.meaning, self._judge.clock())
             return Outcome.SPARED, error.meaning
@@ -310,7 +326,7 @@ class Deeds:
         """The same instance as it is now, with who has it open; None: it is not there, or nobody can tell."""
         try:
             now = await self._kernel.observe([seen.dev_id])
-            usage = await self._kernel.look_for_users(now, {seen.dev_id: _rdevs(seen)})
+            usage = await self._kernel.look_for_users(now, {seen.dev_id: seen.disk.rdevs if seen.disk else frozenset()})
         except (DuendeError, OSError):
             return None  # the next pass meets it too, and reports it
         return next((replace(one, usage=usage.get(one.dev_id)) for one in now if one.identity == seen.identity), None)
@@ -342,18 +358,22 @@ class Deeds:
         confirmed = history.server if history.server_confirmed else None
         argv = fill(rule.command, recovery.placeholders(seen, confirmed))
         environment = recovery.environment(seen, history.server, attempt, rule, device.verdict.reason)
-        until = self._judge.clock() + rule.timeout
-        command = self._kernel.run_command(seen.dev_id, argv, environment, rule)
+        command = await self._kernel.run_command(seen, argv, environment, rule, lambda: not self._judge.is_held(seen))
         await command.started()
+        began = self._judge.clock()  # its time begins now: a machine short of memory may have taken long
+        self._note_start(seen, began + rule.timeout)
         ending = asyncio.ensure_future(command.ended())
         try:
-            return await self._watch(seen, command, ending, until, rule)
+            return await self._watch(seen, command, ending, began + rule.timeout, rule)
         except (DuendeError, OSError) as error:
-            command.keep()
-            why = f"nobody can tell whether it serves, so the command is left alone: {error}"
-            return _Result(None, why, {}, is_left_alone=True)
+            return _left_alone(command, f"nobody can tell whether it serves: {error}")
         finally:
             ending.cancel()
+
+    def _note_start(self, seen: Observation, limit: float) -> None:
+        now = self._ledger.get(seen.dev_id)
+        if now and now.identity == seen.identity and now.trail.is_running:
+            self._ledger.note_trail(seen.dev_id, replace(now.trail, limit=limit))
 
     async def _watch(
         self, seen: Observation, command: Command, ending: asyncio.Future[Ended], until: float, rule: Recovery
@@ -361,62 +381,77 @@ class Deeds:
         glance = _FIRST_GLANCE
         while True:
             over = self._judge.clock() >= until  # asked before the look: what was served in time counts
-            try:
-                now = await self._kernel.observe([seen.dev_id])
-            except (DuendeError, OSError) as error:
-                command.keep()
-                why = f"nobody can tell whether it is served, so the command is left alone: {error}"
-                return _Result(None, why, {}, is_left_alone=True)
-            same = next((one for one in now if one.identity == seen.identity), None)
+            same = await self._glance(seen)
             if same is None or same.info is None:
-                command.keep()
-                why = same.trouble if same else "it is gone, or its id is another device's now"
-                return _Result(None, f"{why}; the command is left alone", {}, is_left_alone=True)
-            served = same.info.state == KernelState.LIVE and same.disk is not None
-            if served and (by := await self._served_by(seen.dev_id, command, ending, over=over)):
-                return by
-            if not served and ending.done() and ending.result().status != 0 and not await self._is_taken(same):
-                return await self._failed(command, ending, "")
-            if over:
-                return await self._failed(command, ending, f"not served after {rule.timeout:g} s")
+                why = same.trouble if same else "the device is gone, or its id is another device's now"
+                return _left_alone(command, why)
+            if _is_served(same):
+                if by := await self._served_by(same, command, ending, over=over):
+                    return by
+            elif ending.done() and ending.result().status != 0 and not await self._openers(same):
+                return await self._failed(seen, command, ending, "")
+            elif over:
+                return await self._failed(seen, command, ending, f"not served after {rule.timeout:g} s")
             await asyncio.wait([ending], timeout=min(glance, max(until - self._judge.clock(), 0.0)))
             if ending.done():
                 await asyncio.sleep(glance)
             glance = min(glance * 1.5, _LONGEST_GLANCE)
 
+    async def _glance(self, seen: Observation) -> Observation | None:
+        now = await self._kernel.observe([seen.dev_id])
+        return next((one for one in now if one.identity == seen.identity), None)
+
     async def _served_by(
-        self, dev_id: int, command: Command, ending: asyncio.Future[Ended], *, over: bool
+        self, seen: Observation, command: Command, ending: asyncio.Future[Ended], *, over: bool
     ) -> _Result | None:
-        """Who has brought it back; None: the command may still be about to say so."""
+        """Who has brought it back; None: the command may still be about to say so.
+
+        The command is ended only where somebody else is seen to serve: what cannot be seen may be its own server.
+        """
         facts = _facts(ending)
-        if await command.has_open(dev_id):
-            command.keep()
-            return _Result(Outcome.RECOVERED, "", facts)
-        if ending.done() and ending.result().status == 0:
+        if await command.has_open(seen.dev_id) or (ending.done() and ending.result().status == 0):
             command.keep()
             return _Result(Outcome.RECOVERED, "", facts)
         if not ending.done() and not over:
             return None
-        left = await command.end()
-        return _Result(Outcome.RECOVERED_BY_ANOTHER, f"a server of another's was quicker{_after(left)}", facts)
+        if others := await self._openers(seen):
+            left = await command.end()
+            return _Result(Outcome.RECOVERED_BY_ANOTHER, f"by {others[0]}, not by the command{_after(left)}", facts)
+        command.keep()
+        return _Result(Outcome.RECOVERED, "who serves it cannot be seen", facts)
 
-    async def _is_taken(self, seen: Observation) -> bool:
-        usage = await self._kernel.look_for_users([seen], {seen.dev_id: _rdevs(seen)})
+    async def _openers(self, seen: Observation) -> tuple[Server, ...]:
+        usage = await self._kernel.look_for_users([seen], {seen.dev_id: seen.disk.rdevs if seen.disk else frozenset()})
         found = usage.get(seen.dev_id)
-        return bool(found and found.char_openers)
+        return found.char_openers if found else ()
 
-    async def _failed(self, command: Command, ending: asyncio.Future[Ended], what: str) -> _Result:
+    async def _failed(self, seen: Observation, command: Command, ending: asyncio.Future[Ended], what: str) -> _Result:
+        """End it, and see to it that it is no server by now: one may serve at the last moment."""
         facts = _facts(ending)
         how = _how_it_ended(ending.result()) if ending.done() else "the command was still running"
-        left = await command.end()
-        return _Result(None, f"{what}: {how}{_after(left)}" if what else f"{how}{_after(left)}", facts)
+        end = asyncio.ensure_future(command.end())
+        while not end.done():
+            await asyncio.wait([end], timeout=_FIRST_GLANCE)
+            now = await self._glance(seen)
+            if not end.done() and now and _is_served(now):
+                command.keep()
+                end.cancel()
+                return _Result(Outcome.RECOVERED, "at the last moment", facts)
+        left = end.result()
+        reason = f"{what}: {how}{_after(left)}" if what else f"{how}{_after(left)}"
+        return _Result(None, reason, facts, is_left_alone=bool(left))
 
     def _report(self, deed: Deed, began: float, gone: tuple[Judged, ...] = ()) -> None:
         self._reporter.passed(PassReport(began, deed.took, False, (), gone, (deed,), self._devices))
 
 
-def _rdevs(seen: Observation) -> Rdevs:
-    return frozenset((seen.disk.rdev, *seen.disk.partitions)) if seen.disk else frozenset()
+def _is_served(seen: Observation) -> bool:
+    return seen.info is not None and seen.info.state == KernelState.LIVE and seen.disk is not None
+
+
+def _left_alone(command: Command, why: str) -> _Result:
+    command.leave()
+    return _Result(None, f"{why}; the command is left to itself until its time is over", {}, is_left_alone=True)
 
 
 def _after_attempt(trail: Trail, result: _Result, now: float, pause: float) -> Trail:

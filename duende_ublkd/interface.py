@@ -44,7 +44,7 @@ from duende_ublkd.core.model import Outcome, VerdictKind
 from duende_ublkd.kernel import memory
 from duende_ublkd.kernel.control import DEADLINE, Control, open_control_device
 from duende_ublkd.kernel.ring import Ring
-from duende_ublkd.once import is_left, settle
+from duende_ublkd.once import ask_daemon, is_left, settle
 from duende_ublkd.parts import FINISH_FOR, Parts, read_config
 from duende_ublkd.report.journal import Journal
 
@@ -298,6 +298,7 @@ async def _parts(
     """The daemon's parts for one call, all of them given back."""
     os.close(open_control_device())
     parts = Parts(config, (deeds,) if deeds else (), without_grace=without_grace, one_shot=one_shot)
+    ask_daemon(parts.reconciler)  # it knows what it is about to recover
     try:
         yield parts
     finally:

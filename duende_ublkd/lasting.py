@@ -2,8 +2,9 @@
 
 Rules:
 1. Nothing here is waited for. The journal is written by a child; what it cannot write waits in memory, bounded.
-2. A hold is in two places: in the run directory, which no disk can keep from being read, and in the journal. The first
-   wins. So a daemon that is restarted while the journal's disk hangs still keeps its hands off.
+2. Holds and records are in two places: in the run directory, which no disk can keep from being read, and in the journal.
+   The first wins. So a daemon that is restarted while the journal's disk hangs still keeps its hands off what is on hold,
+   and runs no recovery command beside one that runs.
 3. Records of devices are of one boot: identities and times mean nothing in another.
 """
 
@@ -17,12 +18,12 @@ from duende_ublkd.core.errors import DuendeError, UsageError
 from duende_ublkd.core.holds import LONGEST_TIME, MOST_TEXT, Hold, Holds, NotAllowedError, may_change
 from duende_ublkd.core.model import EventKind, Level
 from duende_ublkd.core.text import printable
-from duende_ublkd.kernel import holdfile
+from duende_ublkd.kernel import holdfile, runfile
 from duende_ublkd.report.journal import Journal
 from duende_ublkd.report.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from duende_ublkd.core.config import Config
     from duende_ublkd.core.model import Judged, PassReport
@@ -31,22 +32,26 @@ if TYPE_CHECKING:
 _READ_FOR = 10.0  # seconds that the first look waits for what a former daemon knew; a cold start takes a few
 _HOLDS = "holds"
 _DEVICE = "device/"
+_PACE = 1.0  # seconds between two changes of one user who is not root: each is an entry of a bounded journal
 
 
 class Lasting:
     """The daemon's memory beyond its own life; a reporter, and whom holds are asked of."""
 
-    def __init__(self, config: Config, directory: str) -> None:
-        """`directory`: the run directory."""
+    def __init__(self, config: Config, directory: str, spawn: Callable[[Sequence[str], int], None]) -> None:
+        """`directory`: the run directory. `spawn(argv, stdin)`: starts a program, and waits for no disk."""
         self._directory = directory
         self._boot_id = holdfile.boot_id()
         self._reconciler: Reconciler | None = None
+        self._is_run_directory_sick = False
+        self._paces: dict[int, float] = {}  # uid -> its last change, of those who are not root
         self.store = Store(
             config.daemon.state_dir,
             max_age=config.journal.keep,
             max_bytes=config.journal.max_size,
             on_trouble=self._on_trouble,
             on_recovered=self._on_recovered,
+            spawn=spawn,
         )
         self.journal = Journal(self.store.append)
 
@@ -54,21 +59,42 @@ class Lasting:
         """Start the journal, and go on from what it has kept."""
         self._reconciler = reconciler
         saved = await self.store.open(_READ_FOR)
-        for key, value in saved.items():
-            if key.startswith(_DEVICE):
-                self._restore_device(reconciler, key, value)
+        devices = {key: value for key, value in saved.items() if key.startswith(_DEVICE)}
+        records, doubts = runfile.load_records(self._directory)
+        for doubt in doubts:
+            self._note(Level.WARNING, f"not believed: {printable(doubt)}")
+        devices |= {f"{_DEVICE}{dev_id}": record for dev_id, record in records.items()}
+        for key, value in devices.items():
+            self._restore_device(reconciler, key, value)
         reconciler.holds = self._restore_holds(saved.get(_HOLDS))
         for hold in reconciler.holds.all():
             reconciler.hold(hold)
 
     def _restore_device(self, reconciler: Reconciler, key: str, value: Any) -> None:  # noqa: ANN401 - JSON
+        dev_id = int(key.removeprefix(_DEVICE))
         try:
             if value["boot_id"] == self._boot_id:
-                reconciler.ledger.remember(int(key.removeprefix(_DEVICE)), value["device"])
+                reconciler.ledger.remember(dev_id, value["device"])
+                if value["device"]["trail"]["began"] is not None:
+                    self._note_abandoned(dev_id, value["device"]["trail"])
                 return
         except (KeyError, TypeError, ValueError) as error:
-            self._note(Level.WARNING, f"the journal's record {printable(key)} is not understood: {error!r}")
-        self.store.save(key, None)
+            self._note(Level.WARNING, f"the record {printable(key)} is not understood: {error!r}")
+        self._save(dev_id, None)
+
+    def _note_abandoned(self, dev_id: int, trail: Mapping[str, Any]) -> None:
+        """What a former daemon wrote "before" for gets its "after" from this one."""
+        attempt = trail["attempts"]
+        text = (
+            f"ublk{dev_id}: the daemon that ran attempt {attempt} to recover it has ended; what came of it is not known"
+        )
+        facts = {"phase": "after", "action": "recover", "outcome": "abandoned", "attempt": attempt}
+        self.journal.note(EventKind.RECOVERY, Level.WARNING, text, dev_id, **facts)
+
+    def forget_the_gone(self) -> None:
+        """After the first look at all: what a former daemon knew of devices that are not there any more."""
+        for dev_id in self._the_reconciler.ledger.forget_remembered():
+            self._save(dev_id, None)
 
     def _restore_holds(self, saved: Mapping[str, Any] | None) -> Holds:
         """Rule 2. DuendeError: nobody can tell what is on hold, and so nobody may act."""
@@ -155,9 +181,16 @@ class Lasting:
                 f"user {uid} may not change ublk{dev_id}: it is not this user's own, or root has set the hold",
                 hint=f"sudo duende-ublkd hold {dev_id}",
             )
-        if uid == 0 or device is None:
+        if uid == 0:
             return None
-        return device.seen.identity.sysfs_inode
+        instance = device.seen.identity.sysfs_inode if device else None
+        if instance is None:
+            raise NotAllowedError(f"ublk{dev_id} is deleted: it is nobody's own", hint="duende-ublkd list")
+        now = time.monotonic()
+        if now - self._paces.get(uid, -_PACE) < _PACE:
+            raise NotAllowedError("one change in a second is enough", hint=f"sleep 1; duende-ublkd hold {dev_id}")
+        self._paces[uid] = now
+        return instance
 
     def _note_hold(self, text: str, hold: Hold, state: str) -> None:
         facts = {"state": state, "uid": hold.uid, "why": hold.why, "instance": hold.instance}
@@ -172,7 +205,18 @@ class Lasting:
 
     def _save_device(self, dev_id: int) -> None:
         record = self._the_reconciler.ledger.to_record(dev_id)
-        self.store.save(f"{_DEVICE}{dev_id}", record and {"boot_id": self._boot_id, "device": record})
+        self._save(dev_id, record and {"boot_id": self._boot_id, "device": record})
+
+    def _save(self, dev_id: int, record: dict[str, Any] | None) -> None:
+        self.store.save(f"{_DEVICE}{dev_id}", record)
+        try:
+            runfile.save_record(self._directory, dev_id, record)
+        except OSError as error:
+            if not self._is_run_directory_sick:
+                self._note(Level.ERROR, f"nothing can be kept in {self._directory}: {error.strerror}")
+            self._is_run_directory_sick = True
+        else:
+            self._is_run_directory_sick = False
 
     @property
     def _the_reconciler(self) -> Reconciler:

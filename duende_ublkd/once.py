@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Protocol
 
-from duende_ublkd.client import run_directory
+from duende_ublkd.client import DaemonClient, run_directory, socket_path
 from duende_ublkd.core.errors import DuendeError, KernelUnavailableError
 from duende_ublkd.core.model import Action, VerdictKind
 from duende_ublkd.kernel import holdfile
@@ -40,6 +40,25 @@ class Core(Protocol):
 
     reconciler: Reconciler
     agenda: Agenda
+
+
+def ask_daemon(reconciler: Reconciler) -> set[int]:
+    """Go on from what a running daemon of root's remembers of earlier looks; the ids that it knows.
+
+    Without one, or one that answers, a look stands alone, and `explain` says so.
+    """
+    try:
+        records = DaemonClient(socket_path()).get("/api/v1/records", trusted=True)
+    except DuendeError:
+        return set()
+    known = set()
+    for entry in records:
+        try:
+            reconciler.ledger.remember(entry["dev_id"], entry["record"], has_ended=False)
+        except ValueError:
+            continue  # a daemon of another version
+        known.add(entry["dev_id"])
+    return known
 
 
 async def settle(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from duende_ublkd.core import config as configuration
 from duende_ublkd.core.errors import ConfigError, UsageError
-from duende_ublkd.kernel.children import Children, resolve_user
+from duende_ublkd.kernel.children import Children, Credentials, resolve_user
 from duende_ublkd.kernel.control import Control
 from duende_ublkd.kernel.devices import UblkKernel
 from duende_ublkd.kernel.holders import Sweeper
@@ -25,10 +25,9 @@ if TYPE_CHECKING:
     from duende_ublkd.core.holds import Hold
     from duende_ublkd.core.model import Judged, PassReport
     from duende_ublkd.deeds import Reporter
-    from duende_ublkd.kernel.children import Credentials
 
 DEFAULT_PATH = "/etc/duende-ublkd/config.toml"
-FINISH_FOR = 3.0  # seconds for deeds under way when told to stop; what is left is the kernel's to finish
+FINISH_FOR = 2.0  # seconds for deeds under way when told to stop; what is left is the kernel's to finish
 
 
 def read_config(path: str | None) -> Config:
@@ -37,7 +36,7 @@ def read_config(path: str | None) -> Config:
     try:
         with open(where, "rb") as file:
             config = configuration.load(file.read(configuration.MAX_BYTES + 1), where)
-        users_of(config)
+        _known_users.update(users_of(config))
         return config  # noqa: TRY300 - what else could fail is caught here on purpose
     except FileNotFoundError as error:
         if path is None:
@@ -45,6 +44,10 @@ def read_config(path: str | None) -> Config:
         raise configuration.unreadable(where, error) from error
     except OSError as error:
         raise configuration.unreadable(where, error) from error
+
+
+_known_users: dict[str, Credentials] = {}
+"""Of every configuration that this process has read: an act must not wait for whoever knows the users."""
 
 
 def users_of(config: Config) -> dict[str, Credentials]:
@@ -94,8 +97,8 @@ class Parts:
         self.take(config)
 
     def take(self, config: Config) -> None:
-        """Go on with this configuration. ConfigError: a user in it does not exist, and nothing has changed."""
-        self.kernel.users = users_of(config)
+        """Go on with this configuration. Who the users in it are was looked up when it was read."""
+        self.kernel.users = dict(_known_users)
         self.reconciler.config = config
         self.control.deadline = config.daemon.command_deadline
 
@@ -106,14 +109,19 @@ class Parts:
     def _on_late_child(self, name: str, dev_id: int, _result: int) -> None:
         self.reconciler.note_answer(dev_id, name)
 
-    async def close(self) -> None:
-        """Let deletions under way finish, leave recovery commands to themselves, then give everything back."""
+    async def close(self) -> frozenset[int]:
+        """Let deletions under way finish, leave recovery commands to themselves, then give everything back.
+
+        Returns the ids whose deletion is not over.
+        """
         self.reconciler.leave_recoveries()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self.reconciler.finish_deeds(), FINISH_FOR)
+        left = self.reconciler.under_way
         self.sweeper.close()
         self.children.close()
         await self.ring.close()
+        return left
 
 
 class Reporters:

@@ -200,6 +200,11 @@ class Reconciler:
             await asyncio.wait(self._deletions.values())
         return done
 
+    @property
+    def under_way(self) -> frozenset[int]:
+        """The ids whose deletion is not over."""
+        return frozenset(self._deletions)
+
     def leave_recoveries(self) -> None:
         """Watch recovery commands no more; they run on by themselves, until their limit."""
         for task in self._recoveries.values():
@@ -218,6 +223,7 @@ class Reconciler:
     def release(self, dev_id: int) -> tuple[Hold | None, int]:
         """End a hold; which one, and how many attempts to recover are forgotten: a person has looked at the device."""
         hold = self.holds.release(dev_id)
+        self.ledger.forget_overdue(dev_id)
         history = self.ledger.get(dev_id)
         attempts = 0
         if history and not history.trail.is_running:
@@ -225,6 +231,10 @@ class Reconciler:
             self.ledger.note_trail(dev_id, history.trail.forgotten())
         self._agenda.soon(dev_id)
         return hold, attempts
+
+    def is_held(self, seen: Observation) -> bool:
+        """Somebody has it on hold."""
+        return self.holds.active(seen.dev_id, seen.identity.sysfs_inode, self.clock()) is not None
 
     def decide(self, seen: Observation, history: History) -> Verdict:
         """What a device is and what to do, by the configuration and the holds of this moment."""

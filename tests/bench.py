@@ -75,6 +75,21 @@ class Bench:
             on_hold_ended=lambda hold, why: self.ended_holds.append((hold, why)),
         )
 
+    def another_reconciler(self, config: Config, reporter: Recorder) -> Reconciler:
+        """As of a command that looks once, beside the daemon: it knows what the daemon has written down."""
+        another = Reconciler(
+            self.kernel, config, reporter, Agenda(), without_grace=[*self.kernel.taken], clock=lambda: self.now
+        )
+        for dev_id, record in self._written():
+            another.ledger.remember(dev_id, record, has_ended=False)
+        return another
+
+    def _written(self) -> list[tuple[int, Any]]:
+        ledger = self.reconciler.ledger
+        records = [(dev_id, ledger.to_record(dev_id)) for dev_id in self.reconciler.devices]
+        written: list[tuple[int, Any]] = json.loads(json.dumps(records))
+        return written
+
     async def _look(self) -> None:
         self.agenda.soon(None)
         while True:
@@ -121,9 +136,8 @@ class Bench:
         await asyncio.wait([self._task])
         former.leave_recoveries()
         await former.finish_deeds()
-        self.kernel.abandon_commands()
-        records = {dev_id: former.ledger.to_record(dev_id) for dev_id in former.devices}
-        written = json.loads(json.dumps([*records.items()]))
+        self.kernel.lose_daemon()
+        written = self._written()
         self.agenda = Agenda()
         self.reconciler = self._a_reconciler(former.config)
         for dev_id, record in [] if forgetful else written:

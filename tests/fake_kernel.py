@@ -53,6 +53,10 @@ CHAR_MAJOR = 240
 BLOCK_MAJOR = 259
 SWEPT = 64  # ids that a full look asks about, known or not
 DEADLINE = 10.0  # of a control command
+FORMER_DEADLINE = 2.0  # seconds that a new recovery command waits for the end of a former one
+TERM_GRACE = 2.0  # from SIGTERM to SIGKILL
+KILL_TAKES = 3.0  # seconds of SIGKILL until it is said that somebody does not die
+GLANCES = 0.03  # seconds that may lie between two looks at a device whose command is being ended
 
 
 # --- time -------------------------------------------------------------------------------------------------------------
@@ -131,6 +135,7 @@ class Instance:
     started: bool = False
     left_at: float | None = None  # a living server closed it, and may be about to delete it
     overdue: str = ""  # the command on it that has not answered
+    answer_is_heard: bool = True  # whoever sent it is still there
 
     @property
     def freeable(self) -> bool:
@@ -184,6 +189,7 @@ class FakeKernel:
         self.recovery_deadline: float | None = None  # promised to a new server; None: for ever
         self.commands: list[FakeCommand] = []  # recovery commands, in order
         self.on_command: Callable[[FakeCommand], None] = FakeCommand.serve  # what such a command does
+        self.child_takes = 0.0  # seconds until a child has taken an order; then it is asked whether it may go
         self.off_limits: dict[int, float] = {}  # ids on hold, and until when: nothing may be done to them
         self.unanswered: set[int] = set()  # ids whose GET_DEV_INFO misses its deadline
         self.asked: Counter[int] = Counter()  # how often each id was looked at
@@ -198,6 +204,7 @@ class FakeKernel:
         self._inodes = 14_000
         self._pids = 4_000
         self._diskseq = 0
+        self._orders: list[FakeCommand] = []  # given, and not taken yet
 
     # What the daemon asks
 
@@ -236,20 +243,31 @@ class FakeKernel:
         finally:
             claim.release()
 
-    def run_command(
-        self, dev_id: int, argv: tuple[str, ...], environment: Mapping[str, str], rule: Recovery
+    async def run_command(
+        self,
+        seen: Observation,
+        argv: tuple[str, ...],
+        environment: Mapping[str, str],
+        rule: Recovery,
+        may_go: Callable[[], bool],
     ) -> FakeCommand:
-        self._insist_on_need(dev_id)
-        command = FakeCommand(self, dev_id, argv, dict(environment), rule.timeout)
-        self.commands.append(command)
-        self._loop.call_soon(self.on_command, command)
+        until = self._loop.time() + FORMER_DEADLINE
+        while former := next((each for each in self._commands_for(seen.dev_id) if each.is_under_way), None):
+            if self._loop.time() >= until:
+                what = f"the former recovery command of ublk{seen.dev_id} (pid {former.process.pid}) still runs"
+                raise DuendeError(what, hint="look at: ps")
+            await asyncio.sleep(0.1)
+        command = FakeCommand(self, seen.dev_id, argv, dict(environment), rule.timeout)
+        self._orders.append(command)
+        self._loop.call_later(self.child_takes, self._take_order, command, may_go)
         return command
 
-    def abandon_commands(self) -> None:
-        """The daemon is gone: a command that does not serve by its limit is ended by its supervisor."""
-        for command in self.commands:
-            if not command.is_over:
-                self._loop.call_later(max(command.at + command.timeout - self._loop.time(), 0.0), command.expire)
+    def lose_daemon(self) -> None:
+        """Its orders are not taken any more, supervisors keep to the limits of their commands, no late answer is heard."""
+        for command in (*self._orders, *self.commands):
+            command.abandon()
+        for instance in self.taken.values():
+            instance.answer_is_heard = not instance.overdue
 
     # What happens in the world
 
@@ -370,7 +388,8 @@ class FakeKernel:
             works = False
         if works and instance.listed:
             self._take_away(instance)
-        self.on_late(command, instance.dev_id)
+        if instance.answer_is_heard:
+            self.on_late(command, instance.dev_id)
 
     # Behind the face
 
@@ -456,12 +475,25 @@ class FakeKernel:
         instance.claimed = True
         return instance
 
+    def _commands_for(self, dev_id: int) -> list[FakeCommand]:
+        return [each for each in (*self._orders, *self.commands) if each.dev_id == dev_id]
+
+    def _take_order(self, command: FakeCommand, may_go: Callable[[], bool]) -> None:
+        self._orders.remove(command)
+        if not command.is_known or not may_go():
+            command.fail_to_start("not done: it is on hold now")
+            return
+        self._insist_on_need(command.dev_id)
+        command.begin()
+        self.commands.append(command)
+        self.on_command(command)
+
     def _insist_on_need(self, dev_id: int) -> None:
         """A recovery command may be run for a device without a server, one at a time, and for none on hold."""
         now, instance = self._loop.time(), self.taken.get(dev_id)
-        just_now = now - 3 * self.latency  # since the last look at it
+        just_now = now - 3 * self.latency - self.child_takes  # since the last look at it
         reasons = {
-            "another one runs": any(not each.is_over and each.dev_id == dev_id for each in self.commands),
+            "another one runs": any(each.is_in_the_way for each in self._commands_for(dev_id)),
             "it is on hold": now < self.off_limits.get(dev_id, 0.0),
             "it is served": instance is not None
             and any(opener.visible for opener in instance.openers)
@@ -512,8 +544,11 @@ class FakeClaim:
         seen = await self._kernel.observe([self._instance.dev_id])
         return seen[0] if seen else None
 
-    async def stop(self, _seen: Observation) -> None:
+    async def stop(self, _seen: Observation, may_go: Callable[[], bool]) -> None:
         kernel, instance = self._kernel, self._instance
+        await asyncio.sleep(kernel.child_takes)
+        if not may_go():
+            raise DuendeError("not done: it is on hold now", hint="duende-ublkd release")
         now, deadline = kernel._loop.time(), kernel.recovery_deadline
         reasons = {
             "it is served": instance.state == KernelState.LIVE or bool(instance.openers),
@@ -533,9 +568,7 @@ class FakeClaim:
             raise HeldError("STOP_DEV", instance.dev_id, errno.EBUSY, "its disk is in use")
         if kernel.faults.get(instance.dev_id) is Fault.STOP_OVERDUE:
             del kernel.faults[instance.dev_id]
-            instance.overdue = "STOP_DEV"
-            await asyncio.sleep(DEADLINE)
-            raise CommandOverdueError("STOP_DEV", instance.dev_id, DEADLINE)
+            raise await self._miss_deadline("STOP_DEV")
         await asyncio.sleep(kernel.latency)
         kernel.stops.append(instance)
         kernel.stop(instance)
@@ -570,9 +603,7 @@ class FakeClaim:
             case Fault.REFUSED:
                 raise CommandError(command, instance.dev_id, errno.EIO, "input/output error")
             case Fault.OVERDUE:
-                instance.overdue = command
-                await asyncio.sleep(DEADLINE)
-                raise CommandOverdueError(command, instance.dev_id, DEADLINE)
+                raise await self._miss_deadline(command)
             case Fault.ALREADY_DONE:
                 kernel.delete(instance)
                 raise NoSuchDeviceError(command, instance.dev_id, errno.ENODEV, "no such device")
@@ -580,6 +611,16 @@ class FakeClaim:
                 raise ZeroDivisionError("a defect")
             case Fault.STOP_OVERDUE | None:
                 return
+
+    async def _miss_deadline(self, command: str) -> CommandOverdueError:
+        """A daemon that is killed before the deadline takes the command with it: no other one could know of it."""
+        self._instance.overdue, self._instance.answer_is_heard = command, True
+        try:
+            await asyncio.sleep(DEADLINE)
+        except asyncio.CancelledError:
+            self._instance.overdue = ""
+            raise
+        return CommandOverdueError(command, self._instance.dev_id, DEADLINE)
 
     async def _delete_and_wait(self) -> None:
         """DEL_DEV answers when the id is free, or is cancelled at its deadline: deleted either way."""
@@ -608,7 +649,9 @@ class FakeEnded:
 
 
 class FakeCommand:
-    """A recovery command; what it does is told to it by `FakeKernel.on_command`, in the methods of the second half."""
+    """A recovery command and its supervisor; what it does is told to it by `FakeKernel.on_command`, in the methods of the
+    last part. `ignores_sigterm`: only SIGKILL ends it. `is_undying`: nothing does.
+    """
 
     def __init__(
         self, kernel: FakeKernel, dev_id: int, argv: tuple[str, ...], environment: dict[str, str], timeout: float
@@ -616,52 +659,131 @@ class FakeCommand:
         self.kernel, self.dev_id, self.argv, self.environment, self.timeout = kernel, dev_id, argv, environment, timeout
         self.process = kernel.process(argv[0])
         self.children: list[Process] = []
-        self.kept = self.was_ended = self.did_not_start = False
-        self.at = kernel._loop.time()
+        self.ignores_sigterm = self.is_undying = False
+        self.kept = self.left = self.was_ended = self.did_not_start = False
+        self.is_known = True  # to the daemon of the moment
+        self.at = kernel._loop.time()  # when a child took it
+        self._ending: asyncio.Task[str] | None = None
+        self._spares_servers = False
         self._started: asyncio.Future[None] = kernel._loop.create_future()
         self._ended: asyncio.Future[FakeEnded] = kernel._loop.create_future()
 
     @property
     def is_over(self) -> bool:
-        return self.did_not_start or self.kept or self.was_ended or not any(each.alive for each in self._all)
+        return self.did_not_start or not any(each.alive for each in self._all)
+
+    @property
+    def is_under_way(self) -> bool:
+        """As far as its daemon can tell."""
+        return self.is_known and not self.is_over and not (self.kept and not self.process.alive)
+
+    @property
+    def is_in_the_way(self) -> bool:
+        """It forbids another command beside it. Of what nobody can end, the next daemon cannot know."""
+        if self.is_over or (self.kept and self._has_open(any_of=self._all)):
+            return False
+        return self.is_known or not self.is_undying
 
     @property
     def _all(self) -> list[Process]:
         return [self.process, *self.children]
 
     async def started(self) -> None:
-        await self._started
+        await asyncio.shield(self._started)
 
     async def ended(self) -> FakeEnded:
         return await asyncio.shield(self._ended)
 
     async def has_open(self, dev_id: int) -> bool:
-        instance = self.kernel.taken.get(dev_id)
-        return instance is not None and any(each in instance.openers for each in self._all)
+        assert dev_id == self.dev_id
+        return self._has_open(any_of=[each for each in self._all if each.visible])
 
     def keep(self) -> None:
-        self.kept = True
+        self.kept, self.left = True, False
+        if self._ending:
+            self._ending.cancel()
+            self._ending = None
+
+    def leave(self) -> None:
+        self.left = True
+        self._go_on_alone()
 
     async def end(self) -> str:
-        just_now = self.kernel._loop.time() - 3 * self.kernel.latency  # since the look that found it not served
+        """The supervisor goes on with it whether or not somebody waits here; only `keep` makes it stop."""
+        self.kept = self.left = self._spares_servers = False
+        self._ending = self._ending or self.kernel._loop.create_task(self._end_all())
+        done, _ = await asyncio.wait([self._ending], timeout=TERM_GRACE + KILL_TAKES + 1)
+        over = next(iter(done), None)
+        return over.result() if over and not over.cancelled() else "its supervisor has not answered"
+
+    # Its supervisor
+
+    def begin(self) -> None:
+        self.at = self.kernel._loop.time()
+
+    def abandon(self) -> None:
+        """The daemon is gone."""
+        if self.is_known:
+            self.is_known = False
+            self._go_on_alone()
+
+    def _go_on_alone(self) -> None:
+        """Nobody watches it any more: what has a device open is left alone from now on, as far as that can be seen."""
+        self._spares_servers = True
+        self.kernel._loop.call_later(max(self.at + self.timeout - self.kernel._loop.time(), 0.0), self._expire)
+
+    def _expire(self) -> None:
+        if not (self.is_over or self.kept or self._ending):
+            self._ending = self.kernel._loop.create_task(self._end_all())
+
+    def _is_spared(self) -> bool:
+        """A supervisor looks before each round."""
+        visible = [each for each in self._all if each.visible]
+        self.kept = self._spares_servers and self._has_open(any_of=visible)
+        return self.kept
+
+    async def _end_all(self) -> str:
+        if self._is_spared():
+            return "it is left alone: it has a char device open"
+        self.was_ended = True
+        if not (self.ignores_sigterm or self.is_undying):
+            self._kill_all(seen_within=3 * self.kernel.latency)
+        if not self.is_over:
+            await asyncio.sleep(TERM_GRACE)
+        if self._is_spared():
+            return "it is left alone: it has a char device open"
+        if not (self.is_over or self.is_undying):
+            self._kill_all(seen_within=GLANCES)
+        if not self.is_over:
+            await asyncio.sleep(KILL_TAKES)
+        left = next((each for each in self._all if each.alive), None)
+        return f"pid {left.pid} ({left.comm}) did not die of SIGKILL in time" if left else ""
+
+    def _kill_all(self, *, seen_within: float) -> None:
+        """`seen_within`: seconds until whoever has this done can have seen that it serves."""
+        just_now = self.kernel._loop.time() - seen_within
         for one in self.kernel.taken.values():
             serves = any(each in one.openers for each in self._all) and one.state == KernelState.LIVE
-            if serves and one.served_since is not None and one.served_since < just_now:
+            watched = self.is_known and not self.left
+            if watched and serves and one.served_since is not None and one.served_since < just_now:
                 self.kernel.violations.append(f"the server of {one} was ended")
-        self.was_ended = True
         for each in self._all:
             self.kernel.kill(each)
         self.exit(-9)
-        return ""
+
+    def _has_open(self, *, any_of: list[Process]) -> bool:
+        instance = self.kernel.taken.get(self.dev_id)
+        return instance is not None and any(each in instance.openers for each in any_of)
 
     # What a command may do
 
     def start(self) -> None:
         self._started.set_result(None)
 
-    def fail_to_start(self) -> None:
+    def fail_to_start(self, why: str = "") -> None:
         self.did_not_start = True
-        self._started.set_exception(DuendeError(f"{self.argv[0]}: no such file", hint="see PATH"))
+        self._started.set_exception(DuendeError(why or f"{self.argv[0]}: no such file", hint="see PATH"))
+        self._started.exception()  # whoever waited for it may be gone
 
     def exit(self, status: int, output: str = "") -> None:
         """Its own process ends, and lets go of what it has open; its children live on."""
@@ -701,22 +823,11 @@ class FakeCommand:
         self.kernel._loop.call_later(within, self.finish)
         self.kernel._loop.call_later(within / 4, self.exit, status)
 
-    def expire(self) -> None:
-        """Its limit, with nobody to watch it: the supervisor ends what does not serve."""
-        if not self.is_over and not self._is_serving():
-            self.was_ended = True
-            for each in self._all:
-                self.kernel.kill(each)
-
     def finish(self) -> None:
         """END_USER_RECOVERY by whoever has the device open."""
         instance = self.kernel.taken.get(self.dev_id)
         if instance and instance.openers and instance.state in (KernelState.QUIESCED, KernelState.FAIL_IO):
             self.kernel.finish_recovery(instance)
-
-    def _is_serving(self) -> bool:
-        instance = self.kernel.taken.get(self.dev_id)
-        return instance is not None and any(each in instance.openers for each in self._all)
 
     def _take(self, process: Process | None = None) -> None:
         process = process or self.process

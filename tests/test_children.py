@@ -5,9 +5,11 @@ open is taken for its server. A node /dev/ublkb990 of a loop device's number sta
 any command and answers 0, for the control device.
 """
 
+import ast
 import asyncio
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import signal
@@ -17,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +34,20 @@ from duende_ublkd.core.errors import (
     UsageError,
 )
 from duende_ublkd.kernel import abi, binding, children, nursery
-from duende_ublkd.kernel.children import Children, CommandOrder, Credentials, Ended, resolve_user
+from duende_ublkd.kernel.children import (
+    Children,
+    Command,
+    CommandOrder,
+    Credentials,
+    Ended,
+    StillRunningError,
+    resolve_user,
+)
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="changes users, makes device nodes")
 
+MEMORY_DEVICES = 1  # the major number of /dev/null (3) and /dev/urandom (9)
+URANDOM = 9
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C"}
 DEV_ID = 990
 NOBODY = 65534
@@ -75,10 +88,13 @@ async def until(condition: Callable[[], object], deadline: float = 10.0) -> None
 
 
 async def end_of(subject: Children, order: CommandOrder) -> Ended:
+    """How it ended, with nothing of it left."""
     command = subject.run(order)
     await command.started()
     async with asyncio.timeout(20):
-        return await command.ended()
+        ended = await command.ended()
+    assert await subject.former_is_over(order.dev_id, 20)
+    return ended
 
 
 def status_of(pid: int | str, name: str) -> str:
@@ -266,6 +282,7 @@ def test_a_command_starts_as_from_a_login_with_default_signals_in_a_session_of_i
         assert [int(mask, 16) & ~SIGNALS_OF_LIBC for mask in masks] == [0, 0, 0]
         command = subject.run(an_order("cat", "/proc/self/stat"))
         pid, _, _, _, group, session = (await command.ended()).output.split()[:6]
+        assert await subject.former_is_over(1, 5)
         assert pid == group == session == str(command.pid)
         assert (await end_of(subject, an_order("readlink", "/proc/self/cwd"))).output == "/"
 
@@ -355,7 +372,7 @@ def test_what_a_command_wrote_before_its_end_is_told_with_its_end(tmp_path: Path
 
 def test_twenty_orders_at_once_all_run() -> None:
     async def body(subject: Children) -> None:
-        ends = await asyncio.gather(*(end_of(subject, a_script(f"echo {n}; exit {n}")) for n in range(20)))
+        ends = await asyncio.gather(*(end_of(subject, a_script(f"echo {n}; exit {n}", dev_id=n)) for n in range(20)))
         assert [(end.status, end.output) for end in ends] == [(n, str(n)) for n in range(20)]
 
     with_children(body)
@@ -365,12 +382,12 @@ def test_there_is_a_bound_on_orders_under_way(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(children, "MOST_ORDERS", 2)
 
     async def body(subject: Children) -> None:
-        running = [subject.run(an_order("sleep", "30")) for _ in range(2)]
+        running = [subject.run(an_order("sleep", "30", dev_id=n)) for n in range(2)]
         with pytest.raises(DuendeError, match="under way already"):
-            subject.run(an_order("true"))
+            subject.run(an_order("true", dev_id=2))
         assert await running[0].end() == ""
         await until(lambda: len(subject._commands) == 1)
-        assert await end_of(subject, an_order("true")) == Ended(0, "", 0)
+        assert await end_of(subject, an_order("true", dev_id=2)) == Ended(0, "", 0)
         assert await running[1].end() == ""
 
     with_children(body)
@@ -460,7 +477,7 @@ def test_what_has_another_devices_char_device_open_is_left_alone(marker: str, ch
         command = subject.run(a_script(script, dev_id=DEV_ID + 1))
         await command.started()
         await until(lambda: len(those_with(marker)) == 2)
-        await until(lambda: servers(char_device))
+        await until(servers)
         left = await command.end()
         assert re.fullmatch(rf"pid \d+ \(sleep\) is left alone: it has {char_device} open", left)
         assert len(those_with(marker)) == 2
@@ -481,20 +498,20 @@ def test_what_opens_another_devices_char_device_when_it_is_asked_to_end_is_not_k
         await asyncio.sleep(0.3)  # its trap is set long before
         assert "is left alone" in await command.end(1.0)
         assert command.pid is not None
-        assert servers(char_device) == [command.pid]
+        assert servers() == [command.pid]
 
     with_children(body)
 
 
 def test_what_cannot_be_looked_into_is_left_alone(marker: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(pid: int) -> set[str]:
+    def refuse(pid: int, _: int | None) -> set[int]:
         raise PermissionError(errno.EACCES, f"Permission denied to {pid}")
 
     with subprocess.Popen(["sleep", marker]) as child:
         assert child.pid in nursery.descendants()
-        assert nursery.who_serves(None) == ""
+        assert nursery.who_serves(None, None) == ""
         monkeypatch.setattr(nursery, "open_char_devices", refuse)
-        assert "is left alone: its open files cannot be read" in nursery.who_serves(None)
+        assert "is left alone: its open files cannot be read" in nursery.who_serves(None, None)
         child.kill()
 
 
@@ -502,26 +519,98 @@ def test_a_dead_process_that_nobody_has_reaped_has_nothing_open() -> None:
     with subprocess.Popen(["true"]) as child:
         wait_for(lambda: not is_alive(child.pid))
         assert child.pid in nursery.descendants()
-        assert nursery.open_char_devices(child.pid) == set()
+        assert nursery.open_char_devices(child.pid, None) == set()
 
 
 def test_what_has_its_own_devices_char_device_open_is_ended(marker: str, char_device: Path) -> None:
     async def body(subject: Children) -> None:
         command = subject.run(a_script(f"exec 5<{char_device}; exec sleep {marker}", dev_id=DEV_ID))
         await command.started()
-        await until(lambda: servers(char_device))
+        await until(servers)
         assert await command.end() == ""
 
     with_children(body)
 
 
-def servers(char_device: Path) -> list[int]:
+def servers() -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(PermissionError):
-            if entry.name.isdigit() and str(char_device) in nursery.open_char_devices(int(entry.name)):
+            if entry.name.isdigit() and DEV_ID in nursery.open_char_devices(int(entry.name), None):
                 found.append(int(entry.name))
     return found
+
+
+JAILED = """
+import os, signal, sys, time
+os.chroot(sys.argv[2])
+file = open("/dev/ublkc990")
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+time.sleep(float(sys.argv[1]))
+"""
+
+
+def test_a_server_of_another_device_in_a_root_of_its_own_is_left_alone(marker: str, tmp_path: Path) -> None:
+    (tmp_path / "dev").mkdir()
+    (tmp_path / f"dev/ublkc{DEV_ID}").touch()
+
+    async def body(subject: Children) -> None:
+        command = subject.run(an_order(sys.executable, "-c", JAILED, marker, str(tmp_path)))
+        await command.started()
+        await until(servers)
+        assert "is left alone: it has /dev/ublkc990 open" in await command.end(1.0)
+        assert command.pid
+        assert is_alive(command.pid)
+
+    with_children(body)
+
+
+@pytest.fixture
+def urandom(tmp_path: Path) -> Path:
+    node = tmp_path / "made-elsewhere"
+    os.mknod(node, stat.S_IFCHR | 0o600, os.makedev(MEMORY_DEVICES, URANDOM))
+    try:
+        os.close(os.open(node, os.O_RDONLY))
+    except OSError as error:
+        pytest.skip(f"no device can be opened here: {error.strerror}")
+    return node
+
+
+def test_a_char_device_is_known_by_its_number_whatever_its_node_is_called(marker: str, urandom: Path) -> None:
+    script = f"exec 5<{urandom}; echo ready; exec sleep {marker}"
+
+    async def body(subject: Children) -> None:
+        other = subject.run(replace(a_script(script, dev_id=1), char_rdev=(MEMORY_DEVICES, 1)))
+        own = subject.run(replace(a_script(script, dev_id=URANDOM), char_rdev=(MEMORY_DEVICES, URANDOM)))
+        blind = subject.run(a_script(script, dev_id=2))
+        await until(lambda: len(those_with(marker)) == 3)
+        assert re.search(r"is left alone: it has /dev/ublkc[39] open", await other.end(1.0))
+        assert not await blind.has_open(2)
+        assert await own.has_open(URANDOM)
+        assert await blind.end() == ""
+        assert len(those_with(marker)) == 2
+
+    with_children(body)
+
+
+@pytest.mark.parametrize("has_statx", [True, False])
+def test_open_char_devices_are_found_by_name_and_by_number(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, urandom: Path, *, has_statx: bool
+) -> None:
+    if not has_statx:
+        monkeypatch.setattr(nursery, "_statx", None)
+    names = ("ublkc7", "ublkc8", "xublkc70", "ublkc71x", "ublkc", "ublkc\N{SUPERSCRIPT TWO}")
+    for name in names:
+        (tmp_path / name).touch()
+    with contextlib.ExitStack() as stack:
+        for path in (urandom, *(tmp_path / name for name in names)):
+            stack.enter_context(path.open("rb"))
+        (tmp_path / "ublkc8").unlink()
+        urandom.unlink()
+        own = os.getpid()
+        assert nursery.open_char_devices(own, None) == {7, 8}
+        assert {7, 8, URANDOM} <= nursery.open_char_devices(own, MEMORY_DEVICES) <= {3, 7, 8, URANDOM}
+        assert URANDOM not in nursery.open_char_devices(own, MEMORY_DEVICES + 1)
 
 
 A_SERVER = """
@@ -620,7 +709,7 @@ def test_without_the_daemon_a_commands_own_time_limit_counts(marker: str) -> Non
 def test_without_the_daemon_whoever_serves_a_device_is_spared(marker: str, char_device: Path) -> None:
     with a_daemon(0.5, "sh", "-c", f"exec 5<{char_device}; exec sleep {marker}") as pid:
         supervisor = parent_of(pid)
-        wait_for(lambda: servers(char_device) == [pid])
+        wait_for(lambda: servers() == [pid])
     with pytest.raises(AssertionError):
         wait_for(lambda: not is_alive(pid), 2)
     os.kill(pid, signal.SIGKILL)
@@ -645,13 +734,226 @@ def test_a_supervisor_without_work_takes_no_time(marker: str) -> None:
     with_children(body)
 
 
+# --- a command whose exec hangs, a former one, a hold ---------------------------------------------------------------
+
+
+@pytest.fixture
+def sick_disk(tmp_path: Path, marker: str) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A command on a disk that hangs, and what makes the disk answer: whoever opens a leased file waits for it."""
+    script = tmp_path / "recover"
+    script.write_text(f"#!/bin/sh\nexec sleep {marker}\n")
+    script.chmod(0o755)
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    lease = os.open(script, os.O_RDONLY)
+    fcntl.fcntl(lease, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+
+    def answer() -> None:
+        nonlocal lease
+        if lease >= 0:
+            os.close(lease)
+            lease = -1
+
+    yield script, answer
+    answer()
+    signal.signal(signal.SIGIO, before)
+
+
+def in_exec(subject: Children) -> set[int]:
+    """Processes of supervisors that have not become a command yet."""
+    every = {each.supervisor for each in subject._commands if each.supervisor}
+    return {child for pid in every for child in living_children(pid) if status_of(child, "Name") == "ublkd-command"}
+
+
+SickDisk = tuple[Path, Callable[[], None]]
+
+
+def test_a_command_that_is_given_up_in_its_exec_never_runs_and_no_other_runs_beside_it(
+    marker: str, sick_disk: SickDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, answer = sick_disk
+    monkeypatch.setattr(children, "STARTED_IN", 0.5)
+    monkeypatch.setattr(children, "NURSERY_IN", 0.0)
+
+    async def body(subject: Children) -> None:
+        await spares_of(subject)
+        command = subject.run(an_order(str(script)))
+        await until(lambda: in_exec(subject))
+        (pid,) = in_exec(subject)
+        assert command.supervisor
+        os.kill(command.supervisor, signal.SIGSTOP)  # so that the command is under way for as long as is looked
+        with pytest.raises(DuendeError, match=r"was not started: it could not be executed within 0\.5 s"):
+            await command.started()
+        assert (await command.ended()).status is None
+        with pytest.raises(StillRunningError, match=r"the former recovery command of ublk1 still runs") as caught:
+            subject.run(an_order("true"))
+        assert str(command.supervisor) in caught.value.hint
+        assert not await subject.former_is_over(1, 0.1)
+        os.kill(command.supervisor, signal.SIGCONT)
+        assert await subject.former_is_over(1, 5)
+        assert not is_alive(pid)
+        answer()
+        assert await end_of(subject, an_order("true")) == Ended(0, "", 0)
+        assert not those_with(marker)
+
+    with_children(body)
+
+
+def test_a_command_whose_daemon_goes_during_its_exec_never_runs(marker: str, sick_disk: SickDisk) -> None:
+    script, answer = sick_disk
+    pids: set[int] = set()
+
+    async def body(subject: Children) -> None:
+        command = subject.run(an_order(str(script)))
+        await until(lambda: in_exec(subject))
+        assert command.supervisor
+        pids.update({command.supervisor, *in_exec(subject)})
+
+    with_children(body)
+    assert len(pids) == 2
+    wait_for(lambda: not any(map(is_alive, pids)))
+    answer()
+    assert not those_with(marker)
+
+
+class DeafCommand(Command):
+    """It does not hear that it is executed."""
+
+    def _hear(self, message: dict[str, Any] | None) -> None:
+        if message is None or "started" not in message:
+            super()._hear(message)
+
+
+def test_a_command_that_starts_as_it_is_given_up_is_ended_unless_it_serves(
+    marker: str, char_device: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(children, "Command", DeafCommand)
+    monkeypatch.setattr(children, "STARTED_IN", 0.5)
+    monkeypatch.setattr(children, "NURSERY_IN", 0.0)
+
+    async def body(subject: Children) -> None:
+        await spares_of(subject)
+        idle = subject.run(an_order("sleep", marker))
+        serving = subject.run(a_script(f"exec 5<{char_device}; exec sleep {marker}", dev_id=DEV_ID))
+        await until(lambda: len(those_with(marker)) == 2)
+        for each in (idle, serving):
+            with pytest.raises(DuendeError, match="could not be executed"):
+                await each.started()
+        assert await subject.former_is_over(1, 5)
+        assert not await subject.former_is_over(DEV_ID, 1)
+        assert set(servers()) == those_with(marker)
+
+    with_children(body)
+
+
+def test_a_kept_command_is_under_way_until_its_own_process_has_ended(marker: str) -> None:
+    async def body(subject: Children) -> None:
+        command = subject.run(a_script(f"sleep {marker} & read line <&1; sleep {marker}"))
+        await command.started()
+        command.keep()
+        with pytest.raises(StillRunningError, match=rf"ublk1 \(pid {command.pid}\) still runs"):
+            subject.run(an_order("true"))
+        with pytest.raises(StillRunningError):
+            subject.run(an_order("true"))
+        assert await end_of(subject, an_order("true", dev_id=2)) == Ended(0, "", 0)
+        assert command.pid
+        os.kill(command.pid, signal.SIGKILL)
+        assert await subject.former_is_over(1, 5)
+        assert those_with(marker)
+        assert await end_of(subject, an_order("true")) == Ended(0, "", 0)
+
+    with_children(body)
+
+
+def test_a_command_that_was_not_kept_is_under_way_until_all_that_it_started_has_ended(marker: str) -> None:
+    async def body(subject: Children) -> None:
+        command = subject.run(a_script(f"(setsid sleep {marker} </dev/null >/dev/null 2>&1 &)"))
+        assert (await command.ended()).status == 0
+        assert not await subject.former_is_over(1, 0.2)
+        with pytest.raises(StillRunningError):
+            subject.run(an_order("true"))
+        assert await command.end() == ""
+        assert await subject.former_is_over(1, 5)
+
+    with_children(body)
+
+
+def test_a_command_that_could_not_be_ended_in_time_is_still_under_way(marker: str) -> None:
+    """No time at all stands for a process that SIGKILL does not reach yet."""
+
+    async def body(subject: Children) -> None:
+        command = subject.run(a_script(f"(setsid sleep {marker} </dev/null >/dev/null 2>&1 &)"))
+        assert (await command.ended()).status == 0
+        await until(lambda: those_with(marker))
+        assert "did not die of SIGKILL in time" in await command.end(0.0)
+        assert not await subject.former_is_over(1, 0.3)
+        for pid in those_with(marker):
+            os.kill(pid, signal.SIGKILL)
+        assert await subject.former_is_over(1, 5)
+
+    with_children(body)
+
+
+def test_a_command_that_is_left_is_ended_at_the_end_of_its_time_and_heard_of_until_then(marker: str) -> None:
+    async def body(subject: Children) -> None:
+        command = subject.run(an_order("sleep", marker, timeout=0.8))
+        await command.started()
+        command.leave()
+        assert not await subject.former_is_over(1, 0.4)
+        assert those_with(marker)
+        assert await subject.former_is_over(1, 5)
+        assert (await command.ended()).status == -signal.SIGTERM
+
+    with_children(body)
+
+
+def test_a_command_that_is_left_is_spared_when_it_serves_and_one_that_was_kept_stays_kept(
+    marker: str, char_device: Path
+) -> None:
+    async def body(subject: Children) -> None:
+        serving = subject.run(
+            replace(a_script(f"exec 5<{char_device}; exec sleep {marker}", dev_id=DEV_ID), timeout=0.5)
+        )
+        kept = subject.run(an_order("sleep", marker, timeout=0.5))
+        await until(lambda: len(those_with(marker)) == 2)
+        kept.keep()
+        for each in (serving, kept):
+            each.leave()
+        await asyncio.sleep(1)
+        assert len(those_with(marker)) == 2
+        assert not await subject.former_is_over(DEV_ID, 0)
+
+    with_children(body)
+
+
+def test_a_hold_that_comes_before_a_child_has_the_order_is_heeded(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    asked: list[bool] = []
+
+    def may_go() -> bool:
+        asked.append(True)
+        return False
+
+    async def body(subject: Children) -> None:
+        command = subject.run(an_order("touch", str(trace)), may_go=may_go)
+        assert asked == []
+        with pytest.raises(DuendeError, match=r"^not done: it is on hold now$") as caught:
+            await command.started()
+        assert "release 1" in caught.value.hint
+        assert asked == [True]
+        assert (await command.ended()).trouble == "not done: it is on hold now"
+        assert await end_of(subject, an_order("true")) == Ended(0, "", 0)
+        assert not trace.exists()
+
+    with_children(body)
+
+
 # --- the nursery -----------------------------------------------------------------------------------------------------
 
 
 def test_a_spare_that_has_become_a_child_is_replaced() -> None:
     async def body(subject: Children) -> None:
         before = await spares_of(subject)
-        running = [subject.run(an_order("sleep", "30")) for _ in range(3)]
+        running = [subject.run(an_order("sleep", "30", dev_id=n)) for n in range(3)]
         for each in running:
             await each.started()
         busy = {parent_of(each.pid) for each in running if each.pid}
@@ -675,16 +977,82 @@ def test_a_spare_that_dies_is_replaced() -> None:
     with_children(body)
 
 
-def test_after_the_death_of_the_nursery_the_next_order_starts_another() -> None:
+def has_nursery(subject: Children) -> bool:
+    return subject.is_alive
+
+
+def test_after_the_death_of_the_nursery_one_of_its_spares_takes_its_place_and_nothing_is_executed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def body(subject: Children) -> None:
+        for _ in range(3):
+            spares = await spares_of(subject)
+            monkeypatch.setattr(sys, "executable", "/no/such/interpreter")
+            dead = subject.nursery_pid
+            assert dead
+            os.kill(dead, signal.SIGKILL)
+            wait_for(lambda dead=dead: not is_alive(dead))  # type: ignore[misc]
+            assert not has_nursery(subject)
+            assert await end_of(subject, an_order("true")) == Ended(0, "", 0)
+            await until(lambda: has_nursery(subject))
+            assert subject.nursery_pid in spares
+            assert status_of(subject.nursery_pid, "Name") == "ublkd-nursery"
+            assert await spares_of(subject, other_than=spares)
+            heir = subject.nursery_pid
+            assert not any(is_alive(pid) for pid in spares - {heir})
+
+    with_children(body, lock_memory=True)
+
+
+def test_without_nursery_and_spares_the_next_order_executes_another() -> None:
     async def body(subject: Children) -> None:
         spares = await spares_of(subject)
         dead = subject.nursery_pid
         assert dead
-        os.kill(dead, signal.SIGKILL)
-        wait_for(lambda: not is_alive(dead))
+        for pid in (dead, *spares):
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not any(map(is_alive, (dead, *spares))))
         assert await end_of(subject, an_order("true")) == Ended(0, "", 0)
-        assert subject.nursery_pid not in {None, dead}
+        assert has_nursery(subject)
+        assert subject.nursery_pid not in {dead, *spares}
+
+    with_children(body)
+
+
+def test_an_heir_that_dies_as_well_is_noticed() -> None:
+    async def body(subject: Children) -> None:
+        spares = await spares_of(subject)
+        dead = subject.nursery_pid
+        assert dead
+        for pid in spares:
+            os.kill(pid, signal.SIGSTOP)
+        os.kill(dead, signal.SIGKILL)
+        await until(lambda: subject.nursery_pid is None)
+        assert not has_nursery(subject)
+        for pid in spares:
+            os.kill(pid, signal.SIGKILL)
+        await until(lambda: subject._orders is None)
+        assert await end_of(subject, an_order("true")) == Ended(0, "", 0)
+
+    with_children(body)
+
+
+def test_spares_that_do_not_become_heirs_in_time_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(subject: Children) -> None:
+        spares = await spares_of(subject)
+        monkeypatch.setattr(children, "NURSERY_IN", 0.1)
+        assert subject.nursery_pid
+        for pid in spares:
+            os.kill(pid, signal.SIGSTOP)
+        os.kill(subject.nursery_pid, signal.SIGKILL)
+        await until(lambda: subject.nursery_pid is None)
+        await asyncio.sleep(0.2)
+        assert await end_of(subject, an_order("true")) == Ended(0, "", 0)
+        for pid in spares:
+            os.kill(pid, signal.SIGCONT)
         await until(lambda: not any(map(is_alive, spares)))
+        assert has_nursery(subject)
+        assert subject.nursery_pid not in spares
 
     with_children(body)
 
@@ -694,9 +1062,10 @@ def test_a_command_outlives_the_nursery_and_is_still_heard_of(marker: str) -> No
         command = subject.run(a_script(f"sleep {marker}; exit 6"))
         await command.started()
         await until(lambda: those_with(marker) - {command.pid})
-        assert subject.nursery_pid
-        os.kill(subject.nursery_pid, signal.SIGKILL)
-        await until(lambda: subject.nursery_pid is None)
+        dead = subject.nursery_pid
+        assert dead
+        os.kill(dead, signal.SIGKILL)
+        await until(lambda: subject.nursery_pid != dead)
         for pid in those_with(marker) - {command.pid}:
             os.kill(pid, signal.SIGTERM)
         assert (await command.ended()).status == 6
@@ -763,6 +1132,23 @@ def test_a_supervisor_that_is_killed_is_told_of(marker: str) -> None:
         os.kill(parent_of(command.pid), signal.SIGKILL)
         assert await command.ended() == Ended(None, "", 0, "its supervisor is gone, and its end was not seen")
         assert await command.end() == "its supervisor is gone, and its end was not seen"
+
+    with_children(body)
+
+
+def test_a_command_whose_supervisor_is_killed_is_under_way_until_its_own_process_has_ended(marker: str) -> None:
+    async def body(subject: Children) -> None:
+        command = subject.run(an_order("sleep", marker))
+        await command.started()
+        assert command.pid
+        os.kill(parent_of(command.pid), signal.SIGKILL)
+        assert (await command.ended()).status is None
+        assert not await subject.former_is_over(1, 0.1)
+        with pytest.raises(StillRunningError, match=f"pid {command.pid}"):
+            subject.run(an_order("true"))
+        os.kill(command.pid, signal.SIGKILL)
+        assert await subject.former_is_over(1, 5)
+        assert await end_of(subject, an_order("true")) == Ended(0, "", 0)
 
     with_children(body)
 
@@ -995,6 +1381,108 @@ def test_closing_does_not_wait_for_a_hand_that_hangs(
 
     with_children(body)
     os.kill(StoppedHand.pids[-1], signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("disk", "obedient_control")
+def test_a_hold_that_comes_before_a_hand_has_the_order_is_heeded() -> None:
+    late: list[object] = []
+
+    async def body(subject: Children) -> None:
+        with pytest.raises(DuendeError, match=r"^not done: it is on hold now$"):
+            await subject.stop_device(DEV_ID, LOOP0, try_first=False, deadline=5, may_go=lambda: False)
+        assert subject.overdue == 0
+        await subject.stop_device(DEV_ID, LOOP0, try_first=False, deadline=5, may_go=lambda: True)
+        assert late == []
+
+    with_children(body, on_late=lambda *what: late.append(what))
+
+
+def test_closing_takes_no_longer_than_a_fifth_of_a_second() -> None:
+    spares: set[int] = set()
+
+    async def body(subject: Children) -> None:
+        spares.update(await spares_of(subject))
+        pid = subject.nursery_pid
+        assert pid
+        os.kill(pid, signal.SIGSTOP)
+        began = time.monotonic()
+        subject.close()
+        assert time.monotonic() - began < 0.2
+        assert not status_of(pid, "State")  # reaped
+
+    with_children(body)
+    assert spares
+    wait_for(lambda: not any(map(is_alive, spares)))
+
+
+# --- a program -------------------------------------------------------------------------------------------------------
+
+A_PROGRAM = """
+import os, socket
+channel = socket.socket(fileno=0)
+links = [os.readlink(f"/proc/self/fd/{fd}") for fd in (1, 2)]
+channel.send(repr([os.getpid(), os.getppid(), os.getsid(0), os.getcwd(), *links, os.environ["ITS"]]).encode())
+channel.recv(1)
+"""
+
+
+async def heard_from(channel: socket.socket) -> str:
+    async with asyncio.timeout(10):
+        return (await asyncio.get_running_loop().sock_recv(channel, 4096)).decode()
+
+
+def test_a_program_is_executed_with_its_stdin_and_nothing_else_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ITS", "environment")
+
+    async def body(subject: Children) -> None:
+        await spares_of(subject)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        with ours:
+            with theirs:
+                subject.spawn([sys.executable, "-c", A_PROGRAM], theirs.fileno())
+            pid, parent, *rest = ast.literal_eval(await heard_from(ours))
+            assert parent == subject.nursery_pid
+            assert rest == [pid, "/", "/dev/null", "/dev/null", "environment"]
+            assert status_of(pid, "VmLck") == "0 kB"
+            assert {link.name for link in Path(f"/proc/{pid}/fd").iterdir()} == {"0", "1", "2"}
+        await until(lambda: not status_of(pid, "State"))  # reaped
+
+    with_children(body, lock_memory=True)
+
+
+def test_a_program_that_cannot_be_executed_closes_its_stdin() -> None:
+    async def body(subject: Children) -> None:
+        await spares_of(subject)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        with ours:
+            with theirs:
+                subject.spawn(["/no/such/program"], theirs.fileno())
+            assert await heard_from(ours) == ""
+
+    with_children(body)
+
+
+def test_a_program_is_not_waited_for_and_no_nursery_is_executed_for_it(sick_disk: SickDisk, marker: str) -> None:
+    script, answer = sick_disk
+
+    async def body(subject: Children) -> None:
+        null = os.open("/dev/null", os.O_RDWR)
+        try:
+            with pytest.raises(DuendeError, match="the nursery is gone"):
+                subject.spawn([str(script)], null)
+            await spares_of(subject)
+            began = time.monotonic()
+            subject.spawn([str(script)], null)
+            assert time.monotonic() - began < 0.1
+            await asyncio.sleep(0.2)
+            answer()
+            await until(lambda: those_with(marker))
+        finally:
+            os.close(null)
+
+    with_children(body)
 
 
 # --- a ring that waits -----------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from duende_ublkd.core.ledger import History, Ledger
+from duende_ublkd.core.ledger import History, Ledger, Overdue
 from duende_ublkd.core.model import (
     Action,
     DevInfo,
@@ -274,6 +274,65 @@ def test_what_is_remembered_is_used_once_and_dropped_when_the_id_is_free() -> No
 def test_an_attempt_that_was_under_way_is_abandoned() -> None:
     history = remembering(written(a_former_ledger(TRIED.begun(60.0, 30.0))), replace(QUIESCED, at=65))
     assert (history.trail.is_running, history.trail.attempts, history.trail.not_before) == (False, 3, 90.0 + OVERRUN)
+
+
+def after_an_overdue(command: str, *, of_look: bool = False) -> Ledger:
+    """Of a daemon that follows the one to which this happened."""
+    former = a_former_ledger()
+    former.note_overdue(3, command, 25, of_look=of_look)
+    ledger = Ledger()
+    ledger.remember(3, written(former))
+    ledger.record(replace(QUIESCED, at=50))
+    return ledger
+
+
+def overdue_of(ledger: Ledger) -> Overdue | None:
+    history = ledger.get(3)
+    assert history
+    return history.overdue
+
+
+def test_a_command_that_has_not_answered_a_former_daemon_is_remembered_and_a_look_that_has_not_is_not() -> None:
+    assert overdue_of(after_an_overdue("STOP_DEV")) == Overdue("STOP_DEV", 20, of_former=True)
+    assert overdue_of(after_an_overdue("GET_DEV_INFO", of_look=True)) is None
+
+
+@pytest.mark.parametrize("command", ["STOP_DEV", "DEL_DEV"])
+def test_a_stop_of_a_former_daemon_is_over_when_the_device_is_dead_without_a_disk_and_a_deletion_is_not(
+    command: str,
+) -> None:
+    ledger = after_an_overdue(command)
+    for state, disk in ((KernelState.LIVE, None), (KernelState.DEAD, DISK), (None, None)):
+        ledger.record(a_look(60, state=state, disk=disk))
+        assert overdue_of(ledger), (state, disk)
+    ledger.record(a_look(70))
+    assert (overdue_of(ledger) is None) == (command == "STOP_DEV")
+
+
+def test_a_stop_of_this_daemon_is_over_when_it_has_answered_and_not_before() -> None:
+    ledger = Ledger()
+    ledger.record(QUIESCED)
+    ledger.note_overdue(3, "STOP_DEV", 25, of_look=False)
+    ledger.record(a_look(30))
+    ledger.forget_overdue(3)
+    assert overdue_of(ledger)
+
+
+def test_a_person_can_say_that_a_command_of_a_former_daemon_is_over() -> None:
+    ledger = after_an_overdue("DEL_DEV")
+    ledger.forget_overdue(3)
+    assert overdue_of(ledger) is None
+    ledger.forget_overdue(4)  # which nobody knows
+
+
+def test_after_a_look_at_all_what_was_remembered_and_is_not_there_is_named_once_and_forgotten() -> None:
+    ledger = Ledger()
+    ledger.remember(3, written(a_former_ledger()))
+    ledger.remember(7, written(a_former_ledger()))
+    ledger.record(replace(QUIESCED, at=50))
+    assert ledger.forget_remembered() == (7,)
+    assert ledger.forget_remembered() == ()
+    assert ledger.ids() == (3,)
 
 
 def test_a_device_that_nobody_knows_has_no_record() -> None:

@@ -148,6 +148,8 @@ TRUTH = {
     "unserved, held": (replace(UNSERVED, usage=MOUNTED), "unserved", "none", "mount /srv"),
     "unserved too long": (replace(UNSERVED, phase_for=61.0), "unserved", "alert", "over 60 s"),
     "unserved too long, held": (replace(LATE, usage=MOUNTED), "unserved", "alert", "held by mount /srv"),
+    "to be recovered, new daemon": (replace(TO_RECOVER, daemon_for=4.9), "unserved", "none", "to be recovered in"),
+    "to be recovered, new for 5 s": (replace(TO_RECOVER, daemon_for=5.0), "unserved", "recover", "attempt 1 of 3"),
     "to be recovered soon": (replace(TO_RECOVER, phase_for=59.0), "unserved", "none", "60 s to be recovered in"),
     "to be recovered": (TO_RECOVER, "unserved", "recover", "attempt 1 of 3"),
     "held, to be recovered": (replace(TO_RECOVER, usage=MOUNTED), "unserved", "recover", "attempt 1 of 3"),
@@ -180,6 +182,13 @@ TRUTH = {
     "given up, unsure": (replace(TO_GIVE_UP, usage=SWEPT_IN_PART), "unserved", "alert", "not everybody"),
     "given up, not looked": (replace(TO_GIVE_UP, usage=None), "unserved", "alert", "nobody looked who holds it"),
     "given up, new daemon": (replace(TO_GIVE_UP, daemon_for=59.0), "unserved", "none", "not watched it for its whole"),
+    "given up, command left": (
+        replace(TO_GIVE_UP, trail=Trail(1, limit=NOW + 0.1)),
+        "unserved",
+        "none",
+        "a recovery command may still run",
+    ),
+    "given up, command over": (replace(TO_GIVE_UP, trail=Trail(1, limit=NOW)), "unserved", "delete", "nothing holds"),
     "given up, refused": (replace(TO_GIVE_UP, paused_for=4.0), "unserved", "alert", "input/output error"),
     "given up, overdue": (replace(TO_GIVE_UP, overdue=True), "wedged", "alert", "has not answered"),
     "orphan on hold": (Case(hold=HOLD), "orphaned", "none", "on hold for 9 min more by root (upgrade)"),
@@ -247,6 +256,7 @@ TRAILS = (
     Trail(1, not_before=NOW + 2, trouble="exit 1"),
     Trail(2, not_before=NOW - 2),
     Trail(3, trouble="exit 1"),
+    Trail(1, limit=NOW + 2, not_before=NOW + 2),
 )
 
 
@@ -276,6 +286,9 @@ def everything() -> Iterator[Case]:
             yield replace(case, policy=RECOVERS)
             yield replace(case, policy=RECOVERS, phase_for=59.0)
             yield replace(case, policy=RECOVERS, hold=HOLD)
+            yield replace(case, policy=RECOVERS, daemon_for=4.9)
+            yield replace(case, policy=replace(RECOVERS, recovery_deadline=1.0), daemon_for=0.9)
+            yield replace(case, policy=replace(RECOVERS, recovery_deadline=1.0), daemon_for=1.1)
             for trail in TRAILS:
                 yield replace(case, policy=RECOVERS, trail=trail)
                 yield replace(case, policy=GIVES_UP, trail=trail)
@@ -326,7 +339,7 @@ def _why_not_given_up(case: Case, usage: Usage) -> dict[str, bool]:
         "may still be recovered": case.phase_for < deadline,
         "not watched": case.daemon_for < deadline,
         "not wanted": case.policy.unserved is not OnUnserved.DELETE,
-        "being recovered": case.trail.is_running,
+        "being recovered": case.trail.is_running or case.trail.limit > NOW,
     }
 
 
@@ -351,6 +364,7 @@ def test_a_command_runs_only_for_a_device_that_waits_for_a_server_and_that_nobod
             assert case.disk
             assert case.policy.unserved is OnUnserved.RECOVER
             assert case.phase_for >= case.policy.recovery_deadline
+            assert case.daemon_for >= min(case.policy.recovery_deadline, 5.0)
             assert not (case.usage and case.usage.char_openers)
             assert not any((case.overdue, case.hold, case.trail.is_running))
             assert case.trail.attempts < RULE.attempts

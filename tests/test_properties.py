@@ -143,6 +143,21 @@ def _say_that_all_is_well(command: FakeCommand) -> None:
     command.fail(status=0)
 
 
+def _serve_unseen(command: FakeCommand) -> None:
+    command.process.visible = False
+    command.serve()
+
+
+def _serve_while_being_ended(command: FakeCommand) -> None:
+    command.ignores_sigterm = True
+    command.serve(within=RULE.timeout + 1.0)
+
+
+def _never_die(command: FakeCommand) -> None:
+    command.is_undying = True
+    command.hang()
+
+
 WHAT_COMMANDS_DO = (
     FakeCommand.serve,
     FakeCommand.serve_as_daemon,
@@ -154,6 +169,9 @@ WHAT_COMMANDS_DO = (
     _serve_and_die,
     _go_to_the_background_and_fail,
     _say_that_all_is_well,
+    _serve_unseen,
+    _serve_while_being_ended,
+    _never_die,
 )
 
 
@@ -225,6 +243,8 @@ class Histories(RuleBasedStateMachine):
         for instance in list(kernel.taken.values()):
             if instance.overdue:
                 kernel.answer(instance, works=False)
+            if not instance.answer_is_heard:  # a person has looked at it
+                self.daemon.release(instance.dev_id)
             instance.hidden_holder = False
             if instance.disk is None:
                 kernel.let_go(instance)
@@ -291,7 +311,7 @@ class Histories(RuleBasedStateMachine):
     def a_stray_hint_arrives(self, dev_id: int) -> None:
         self.kernel.hint(dev_id)
 
-    @rule(dev_id=which, fault=st.sampled_from([Fault.REFUSED, Fault.OVERDUE, Fault.ALREADY_DONE]))
+    @rule(dev_id=which, fault=st.sampled_from([Fault.REFUSED, Fault.OVERDUE, Fault.STOP_OVERDUE, Fault.ALREADY_DONE]))
     def a_deletion_will_go_wrong(self, dev_id: int, fault: Fault) -> None:
         self.kernel.faults[dev_id] = fault
 
@@ -322,7 +342,7 @@ class Histories(RuleBasedStateMachine):
     @rule()
     def the_daemon_is_killed_and_starts_again(self) -> None:
         self.loop.run_until_complete(self.daemon.die())
-        self.kernel.abandon_commands()
+        self.kernel.lose_daemon()
         self.daemon = Daemon(self.loop, self.kernel, self.daemon)
 
     # Recovery commands, and planned work
@@ -330,6 +350,10 @@ class Histories(RuleBasedStateMachine):
     @rule(does=st.sampled_from(WHAT_COMMANDS_DO))
     def commands_will_do(self, does: Callable[[FakeCommand], None]) -> None:
         self.kernel.on_command = does
+
+    @rule(seconds=st.sampled_from([0.0, 0.3, 3.0]))
+    def children_take_their_time(self, seconds: float) -> None:
+        self.kernel.child_takes = seconds
 
     @rule(dev_id=which, seconds=st.sampled_from([0.3, 7.0, 90.0]))
     def root_sets_a_hold(self, dev_id: int, seconds: float) -> None:

@@ -696,6 +696,64 @@ def test_a_stop_that_misses_its_deadline_makes_it_wedged_and_nothing_is_sent_beh
     on_the_bench(test, GIVES_UP)
 
 
+@pytest.mark.parametrize("works", [False, True])
+def test_a_stop_of_a_former_daemon_that_has_not_answered_is_remembered_until_it_is_done_or_a_person_says_so(
+    works: bool,  # noqa: FBT001
+) -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.recovery_deadline = 60.0
+        device = await bench.an_unserved_device()
+        bench.kernel.faults[device.dev_id] = Fault.STOP_OVERDUE
+        await bench.wait(62 + DEADLINE)
+        for _ in range(2):
+            await bench.restart()
+            await bench.wait(200)
+            assert bench.rule(device) == "overdue"
+            assert "STOP_DEV has not answered" in bench.reason(device)
+        assert bench.recorder.announced == [device.dev_id]
+        assert (bench.kernel.stops, bench.kernel.deletions) == ([], [])
+        bench.kernel.answer(device, works=works)  # which nobody hears
+        await bench.wait(2 * RESYNC)
+        if not works:
+            assert bench.rule(device) == "overdue"
+            bench.reconciler.release(device.dev_id)
+            await bench.wait(2)
+            assert bench.kernel.stops == [device]
+        assert not bench.is_there(device)
+
+    on_the_bench(test, GIVES_UP)
+
+
+def test_a_release_takes_back_no_deadline_whose_answer_this_daemon_will_hear() -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan()
+        bench.kernel.faults[orphan.dev_id] = Fault.OVERDUE
+        await bench.wait(1 + DEADLINE)
+        bench.reconciler.release(orphan.dev_id)
+        await bench.wait(100)
+        assert bench.rule(orphan) == "overdue"
+        assert bench.recorder.announced == [orphan.dev_id]
+
+    on_the_bench(test)
+
+
+def test_a_deletion_of_a_former_daemon_that_has_not_answered_is_not_sent_again_before_a_person_says_so() -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan()
+        bench.kernel.faults[orphan.dev_id] = Fault.OVERDUE
+        await bench.wait(1 + DEADLINE)
+        await bench.restart()
+        await bench.wait(3600)
+        assert bench.rule(orphan) == "overdue"
+        assert bench.recorder.announced == [orphan.dev_id]
+        bench.kernel.answer(orphan, works=False)
+        bench.reconciler.release(orphan.dev_id)
+        await bench.wait(1)
+        assert not bench.is_there(orphan)
+
+    on_the_bench(test)
+
+
 def test_a_command_that_runs_once_stops_nothing_however_long_it_looks() -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -817,6 +875,24 @@ def test_a_stop_that_was_decided_and_not_yet_sent_when_the_hold_came_is_spared()
         bench.kernel.off_limits[device.dev_id] = bench.hold(device, 60).until
         await bench.wait(50)
         assert bench.recorder.outcomes == [Outcome.SPARED]
+
+    on_the_bench(test, GIVES_UP)
+
+
+def test_a_hold_that_comes_before_a_child_has_taken_the_order_to_stop_is_heeded() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.recovery_deadline = 60.0
+        bench.kernel.child_takes = 1.0
+        device = await bench.an_unserved_device()
+        while not device.claimed:
+            await bench.wait(0.01)
+        await bench.wait(0.9)
+        bench.kernel.off_limits[device.dev_id] = bench.hold(device, 60).until
+        await bench.wait(50)
+        assert bench.kernel.stops == []
+        assert "it is on hold now" in bench.recorder.deeds[0].detail
+        await bench.wait(20)
+        assert bench.kernel.stops == [device]
 
     on_the_bench(test, GIVES_UP)
 

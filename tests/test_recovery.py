@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from duende_ublkd.core import recovery
-from duende_ublkd.core.config import Config, DaemonConfig, Match, OnUnserved, Policy
+from duende_ublkd.core.config import Config, DaemonConfig, Match, OnOrphan, OnUnserved, Policy
 from duende_ublkd.core.config import DeviceRule as Table
 from duende_ublkd.core.model import Action, Feature, Observation, Outcome, VerdictKind
 from duende_ublkd.core.trail import OVERRUN
@@ -423,6 +423,42 @@ def test_a_moment_without_an_answer_has_no_attempt_forgotten_where_the_policy_de
     on_the_bench(test, Config(devices=(table,)))
 
 
+def test_a_moment_without_an_answer_does_not_interrupt_service() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.on_command = dies_after(3)
+        device = await bench.an_unserved_device()
+        await until_a_command_runs(bench)
+        bench.kernel.on_command = dies_after(400)
+        await until_a_command_runs(bench, 2)
+        await bench.wait(200)
+        bench.kernel.troubles[device.dev_id] = "input/output error"
+        bench.agenda.soon(device.dev_id)
+        await bench.wait(0.1)
+        assert bench.verdict(device) is VerdictKind.UNKNOWN
+        bench.kernel.troubles.clear()
+        bench.kernel.on_command = FakeCommand.serve
+        await bench.wait(210)
+        assert [deed.facts["attempt"] for deed in bench.recorder.deeds] == [1, 2, 1]
+
+    on_the_bench(test, recovering(deadline=2.0, stable=300.0))
+
+
+def test_a_release_while_the_command_runs_forgets_nothing() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.on_command = lambda command: command.fail(within=5)
+        device = await bench.an_unserved_device()
+        await until_a_command_runs(bench)
+        await bench.wait(1)
+        assert bench.reconciler.release(device.dev_id) == (None, 0)
+        await bench.wait(1)
+        assert bench.rule(device) == "recovery-runs"
+        await until_a_command_runs(bench, 2)
+        await bench.wait(6)
+        assert [deed.facts["attempt"] for deed in bench.recorder.deeds] == [1, 2]
+
+    on_the_bench(test, SOON)
+
+
 # --- others -----------------------------------------------------------------------------------------------------------
 
 
@@ -438,7 +474,7 @@ def test_a_server_that_is_quicker_than_the_running_command_stays_and_the_command
         await bench.wait(40)
         assert command.was_ended
         assert bench.recorder.outcomes == [Outcome.RECOVERED_BY_ANOTHER]
-        assert "a server of another's was quicker" in bench.recorder.deeds[0].detail
+        assert bench.recorder.deeds[0].detail == f"by {other.as_seen()}, not by the command"
         assert device.openers == [other]
         await bench.wait(3600)
         assert len(bench.kernel.commands) == 1
@@ -454,10 +490,12 @@ def test_a_command_whose_device_is_deleted_meanwhile_is_left_alone_and_so_is_the
         command = await until_a_command_runs(bench)
         bench.kernel.delete(device)
         second = bench.kernel.serve(dev_id=device.dev_id, flags=Feature.USER_RECOVERY) if again else None
-        await bench.wait(120)
-        assert (command.kept, command.was_ended) == (True, False)
+        await bench.wait(29)
+        assert (command.left, command.kept, command.is_over) == (True, False, False)
         assert bench.recorder.outcomes == [None]
-        assert "the command is left alone" in bench.recorder.deeds[0].detail
+        assert "the command is left to itself until its time is over" in bench.recorder.deeds[0].detail
+        await bench.wait(90)
+        assert command.is_over
         assert bench.kernel.deletions == []
         assert len(bench.kernel.commands) == 1
         if second:
@@ -474,8 +512,8 @@ def test_a_command_is_left_alone_when_nobody_can_tell_what_became_of_its_device(
         device = await bench.an_unserved_device()
         command = await until_a_command_runs(bench)
         bench.kernel.unanswered.add(device.dev_id)
-        await bench.wait(60)
-        assert (command.kept, command.was_ended) == (True, False)
+        await bench.wait(29)
+        assert (command.left, command.kept, command.is_over) == (True, False, False)
         assert bench.verdict(device) is VerdictKind.WEDGED
         assert bench.recorder.outcomes == [None]
         await bench.wait(3600)
@@ -491,9 +529,11 @@ def test_a_command_is_left_alone_while_the_control_device_is_gone() -> None:
         command = await until_a_command_runs(bench)
         await bench.wait(1)
         bench.kernel.unavailable = True
-        await bench.wait(60)
-        assert (command.kept, command.was_ended) == (True, False)
-        assert "so the command is left alone" in bench.recorder.deeds[0].detail
+        await bench.wait(28)
+        assert (command.left, command.kept, command.is_over) == (True, False, False)
+        detail = bench.recorder.deeds[0].detail
+        assert "nobody can tell whether it serves" in detail
+        assert "the command is left to itself until its time is over" in detail
 
     on_the_bench(test, SOON)
 
@@ -507,7 +547,7 @@ class BlindSweep(FakeKernel):
         return await super().look_for_users(*arguments)
 
 
-def test_a_command_is_kept_when_nobody_can_tell_whether_its_child_has_taken_the_device() -> None:
+def test_a_command_is_left_alone_when_nobody_can_tell_whether_its_child_has_taken_the_device() -> None:
     async def main() -> None:
         bench = Bench(SOON)
         bench.kernel.__class__ = BlindSweep
@@ -515,7 +555,7 @@ def test_a_command_is_kept_when_nobody_can_tell_whether_its_child_has_taken_the_
         await bench.an_unserved_device()
         command = await until_a_command_runs(bench)
         await bench.wait(60)
-        assert (command.kept, command.was_ended) == (True, False)
+        assert (command.left or command.kept, command.was_ended, command.is_over) == (True, False, False)
         assert "Too many open files" in bench.recorder.deeds[0].detail
 
     run(main())
@@ -539,6 +579,20 @@ def test_so_many_commands_run_at_once_and_the_others_wait_for_their_turn() -> No
     on_the_bench(test, SOON)
 
 
+def test_a_device_that_waits_for_its_turn_waits_once_however_often_it_is_looked_at() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.on_command = FakeCommand.hang
+        for each in [await bench.a_live_device(Feature.USER_RECOVERY) for _ in range(MOST_RECOVERIES + 3)]:
+            bench.kernel.kill(each.openers[0])
+        await bench.wait(5)
+        under_way = len(asyncio.all_tasks())
+        await bench.wait(20)
+        assert len(bench.kernel.commands) == MOST_RECOVERIES
+        assert len(asyncio.all_tasks()) <= under_way
+
+    on_the_bench(test, SOON)
+
+
 def test_orphans_are_deleted_while_commands_run() -> None:
     async def test(bench: Bench) -> None:
         bench.kernel.on_command = FakeCommand.hang
@@ -555,6 +609,96 @@ def test_orphans_are_deleted_while_commands_run() -> None:
 # --- another daemon ---------------------------------------------------------------------------------------------------
 
 
+def test_what_deletes_on_a_persons_word_stops_no_device_whose_recovery_runs() -> None:
+    wanted = Policy(orphaned=OnOrphan.DELETE, unserved=OnUnserved.DELETE, recovery_deadline=0.0)
+
+    async def test(bench: Bench) -> None:
+        device = await bench.an_unserved_device()
+        bench.kernel.on_command = lambda command: command.serve(within=10)
+        await until_a_command_runs(bench)
+        await bench.wait(1)
+        other = bench.another_reconciler(Config(policy=wanted), Recorder())
+        await other.run_pass({device.dev_id}, thorough=True)
+        await other.finish_deeds()
+        assert other.devices[device.dev_id].verdict.rule == "recovery-runs"
+        assert bench.kernel.stops == []
+        await bench.wait(60)
+        assert bench.recorder.outcomes == [Outcome.RECOVERED]
+
+    on_the_bench(test, SOON)
+
+
+def test_what_deletes_on_a_persons_word_stops_no_device_whose_command_was_left_alone_and_may_still_run() -> None:
+    wanted = Policy(orphaned=OnOrphan.DELETE, unserved=OnUnserved.DELETE, recovery_deadline=0.0)
+
+    async def test(bench: Bench) -> None:
+        device = await bench.an_unserved_device()
+        bench.kernel.on_command = lambda command: command.serve(within=10)
+        command = await until_a_command_runs(bench)
+        bench.kernel.troubles[device.dev_id] = "input/output error"
+        await bench.wait(1)
+        bench.kernel.troubles.clear()
+        assert command.left
+        other = bench.another_reconciler(Config(policy=wanted), Recorder())
+        await other.run_pass({device.dev_id}, thorough=True)
+        await other.finish_deeds()
+        assert other.devices[device.dev_id].verdict.rule == "not-yet-given-up"
+        assert "a recovery command may still run" in other.devices[device.dev_id].verdict.reason
+        assert bench.kernel.stops == []
+
+    on_the_bench(test, SOON)
+
+
+def test_what_deletes_on_a_persons_word_stops_a_device_whose_recovery_was_given_up() -> None:
+    wanted = Policy(orphaned=OnOrphan.DELETE, unserved=OnUnserved.DELETE, recovery_deadline=0.0)
+
+    async def test(bench: Bench) -> None:
+        bench.kernel.on_command = FakeCommand.fail
+        bench.kernel.recovery_deadline = 0.0
+        device = await bench.an_unserved_device()
+        await bench.wait(60)
+        other = bench.another_reconciler(Config(policy=wanted), Recorder())
+        await other.run_pass({device.dev_id}, thorough=True)
+        await other.finish_deeds()
+        assert bench.kernel.stops == [device]
+
+    on_the_bench(test, SOON)
+
+
+@pytest.mark.parametrize(("deadline", "watched"), [(60.0, 5.0), (2.0, 2.0)])
+def test_a_device_that_is_due_when_a_daemon_starts_is_watched_for_a_moment_before_its_command_runs(
+    deadline: float, watched: float
+) -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.on_command = FakeCommand.fail
+        device = await bench.an_unserved_device()
+        await bench.wait(deadline - 1)
+        await bench.restart()
+        began = bench.now
+        await bench.wait(1.5)
+        assert bench.rule(device) == "deadline-open"
+        command = await until_a_command_runs(bench)
+        assert watched <= command.at - began < watched + 0.2
+
+    on_the_bench(test, recovering(deadline=deadline))
+
+
+def test_a_server_that_comes_back_right_after_the_daemon_has_started_needs_no_command() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.on_command = FakeCommand.fail
+        device = await bench.an_unserved_device()
+        await bench.wait(59)
+        await bench.restart()
+        await bench.wait(4)
+        bench.kernel.recover(device, bench.kernel.process())
+        await bench.wait(1)
+        bench.kernel.finish_recovery(device)
+        await bench.wait(60)
+        assert bench.kernel.commands == []
+
+    on_the_bench(test, recovering(deadline=60.0))
+
+
 def test_the_daemons_end_leaves_the_command_to_itself_and_the_next_daemon_finds_it_serving() -> None:
     async def test(bench: Bench) -> None:
         bench.kernel.on_command = lambda command: command.serve(within=20)
@@ -562,9 +706,10 @@ def test_the_daemons_end_leaves_the_command_to_itself_and_the_next_daemon_finds_
         command = await until_a_command_runs(bench)
         await bench.restart()
         await bench.wait(3600)
-        assert (command.kept, command.was_ended) == (False, False)
+        assert (command.was_ended, command.is_over) == (False, False)
         assert bench.verdict(device) is VerdictKind.LIVE
         assert bench.kernel.commands == [command]
+        assert bench.recorder.deeds == []  # nobody has watched it to its end
 
     on_the_bench(test, SOON)
 
@@ -576,7 +721,7 @@ def test_the_next_daemon_runs_no_second_command_before_the_limit_of_the_first_an
         command = await until_a_command_runs(bench)
         await bench.wait(5)
         await bench.restart()
-        await bench.wait(1)
+        await bench.wait(6)
         assert bench.rule(device) == "backoff"
         assert "attempt 1 of 3: the daemon ended during attempt 1" in bench.reason(device)
         bench.kernel.on_command = FakeCommand.serve
@@ -625,8 +770,188 @@ def test_a_command_that_was_left_alone_is_given_its_time_before_another_one_runs
         bench.kernel.troubles[device.dev_id] = "input/output error"
         await bench.wait(1)
         bench.kernel.troubles.clear()
+        await bench.wait(27)
+        assert not command.is_over
         second = await until_a_command_runs(bench, 2)
-        assert second.at - command.at >= 30
+        assert 30 <= second.at - command.at < 31
+        assert command.is_over
+
+    on_the_bench(test, SOON)
+
+
+def test_a_command_that_was_left_alone_and_takes_the_device_before_its_limit_goes_on() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.on_command = lambda command: command.serve(within=20)
+        device = await bench.an_unserved_device()
+        command = await until_a_command_runs(bench)
+        await bench.wait(1)
+        bench.kernel.troubles[device.dev_id] = "input/output error"
+        await bench.wait(1)
+        assert command.left
+        bench.kernel.troubles.clear()
+        await bench.wait(3600)
+        assert not command.is_over
+        assert bench.verdict(device) is VerdictKind.LIVE
+        assert bench.kernel.commands == [command]
+
+    on_the_bench(test, SOON)
+
+
+@pytest.mark.parametrize("blind", [False, True], ids=["seen", "unseen"])
+def test_a_command_that_does_not_die_has_none_beside_it_and_each_refusal_is_told_and_counts(blind: bool) -> None:  # noqa: FBT001
+    def never_die(command: FakeCommand) -> None:
+        command.is_undying = True
+        command.hang()
+
+    async def test(bench: Bench) -> None:
+        bench.kernel.on_command = never_die
+        bench.kernel.sees_everything = not blind
+        device = await bench.an_unserved_device()
+        command = await until_a_command_runs(bench)
+        await bench.wait(200)
+        assert bench.kernel.commands == [command]
+        assert not command.is_over
+        first, *others = [deed.detail for deed in bench.recorder.deeds]
+        died_not = f"pid {command.process.pid} (bring-back) did not die of SIGKILL in time"
+        assert first == f"not served after 30 s: the command was still running; {died_not}"
+        still = f"the former recovery command of ublk{device.dev_id} (pid {command.process.pid}) still runs"
+        assert others == [still] * 2
+        assert [deed.facts["attempt"] for deed in bench.recorder.deeds] == [1, 2, 3]
+        assert bench.rule(device) == "given-up"
+
+    on_the_bench(test, SOON)
+
+
+def test_a_command_that_fails_and_leaves_what_does_not_die_is_given_its_time_before_another_attempt() -> None:
+    def leave_a_child(command: FakeCommand) -> None:
+        command.children.append(command.kernel.process("child"))
+        command.is_undying = True
+        command.fail()
+
+    async def test(bench: Bench) -> None:
+        bench.kernel.on_command = leave_a_child
+        device = await bench.an_unserved_device()
+        command = await until_a_command_runs(bench)
+        await bench.wait(29)
+        (deed,) = bench.recorder.deeds
+        child = f"pid {command.children[0].pid} (child) did not die of SIGKILL in time"
+        assert deed.detail == f"the command exited with 1, saying: no backing file; {child}"
+        assert bench.rule(device) == "backoff"
+        await bench.wait(5)
+        assert len(bench.recorder.deeds) == 2
+
+    on_the_bench(test, SOON)
+
+
+@pytest.mark.parametrize("within", [30.5, 31.9])
+def test_a_server_that_is_done_while_its_command_is_being_ended_lives(within: float) -> None:
+    def serve_late(command: FakeCommand) -> None:
+        command.ignores_sigterm = True
+        command.serve(within=within)
+
+    async def test(bench: Bench) -> None:
+        bench.kernel.on_command = serve_late
+        device = await bench.an_unserved_device()
+        await bench.wait(3600)
+        (command,) = bench.kernel.commands
+        assert (command.kept, command.is_over) == (True, False)
+        assert bench.recorder.outcomes == [Outcome.RECOVERED]
+        assert bench.verdict(device) is VerdictKind.LIVE
+
+    on_the_bench(test, SOON)
+
+
+def test_a_command_that_ignores_sigterm_and_is_not_done_is_killed() -> None:
+    def serve_too_late(command: FakeCommand) -> None:
+        command.ignores_sigterm = True
+        command.serve(within=33)
+
+    async def test(bench: Bench) -> None:
+        bench.kernel.on_command = serve_too_late
+        await bench.an_unserved_device()
+        command = await until_a_command_runs(bench)
+        await bench.wait(32.5)
+        assert command.is_over
+        assert bench.recorder.deeds[0].detail == "not served after 30 s: the command was still running"
+
+    on_the_bench(test, SOON)
+
+
+def test_a_command_is_spared_when_nobody_can_see_any_more_what_comes_of_it_while_it_is_being_ended() -> None:
+    def serve_late(command: FakeCommand) -> None:
+        command.ignores_sigterm = True
+        command.serve(within=31)
+
+    async def test(bench: Bench) -> None:
+        bench.kernel.on_command = serve_late
+        await bench.an_unserved_device()
+        command = await until_a_command_runs(bench)
+        await bench.wait(30.5)
+        assert command.was_ended
+        bench.kernel.unavailable = True
+        await bench.wait(10)
+        assert not command.is_over
+        assert command.left or command.kept
+        (deed,) = bench.recorder.deeds
+        assert "nobody can tell whether it serves" in deed.detail
+
+    on_the_bench(test, SOON)
+
+
+def test_a_server_that_nobody_can_see_is_kept_with_its_command_and_never_ended() -> None:
+    def serve_unseen(command: FakeCommand) -> None:
+        command.process.visible = False  # a descriptor that is registered with a ring, and closed
+        command.serve()
+
+    async def test(bench: Bench) -> None:
+        bench.kernel.on_command = serve_unseen
+        device = await bench.an_unserved_device()
+        await bench.wait(3600)
+        (command,) = bench.kernel.commands
+        assert (command.kept, command.was_ended, command.is_over) == (True, False, False)
+        (deed,) = bench.recorder.deeds
+        assert (deed.outcome, deed.detail) == (Outcome.RECOVERED, "who serves it cannot be seen")
+        assert bench.verdict(device) is VerdictKind.LIVE
+
+    on_the_bench(test, SOON)
+
+
+def test_a_hold_that_comes_before_a_child_has_taken_the_order_is_heeded_and_told() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.child_takes = 5.0
+        device = await bench.an_unserved_device()
+        while not bench.recorder.announced:
+            await bench.wait(0.005)
+        await bench.wait(4.5)
+        bench.hold(device, 3600)
+        await bench.wait(3000)
+        assert bench.kernel.commands == []
+        assert [deed.detail for deed in bench.recorder.deeds] == ["not done: it is on hold now"]
+        assert bench.rule(device) == "on-hold"
+
+    on_the_bench(test, SOON)
+
+
+def test_the_time_of_a_command_counts_from_its_start() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.child_takes = 5.0
+        bench.kernel.on_command = lambda command: command.serve(within=2.9)
+        device = await bench.an_unserved_device()
+        await bench.wait(15)
+        assert bench.recorder.outcomes == [Outcome.RECOVERED]
+        assert bench.verdict(device) is VerdictKind.LIVE
+
+    on_the_bench(test, recovering(deadline=2.0, timeout=3.0))
+
+
+def test_the_limit_that_the_next_daemon_waits_for_counts_from_the_start_too() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.child_takes = 5.0
+        bench.kernel.on_command = FakeCommand.hang
+        device = await bench.an_unserved_device()
+        command = await until_a_command_runs(bench)
+        await bench.wait(1)
+        assert bench.reconciler.devices[device.dev_id].trail.limit == pytest.approx(command.at + 30, abs=0.01)
 
     on_the_bench(test, SOON)
 

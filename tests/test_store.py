@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import fcntl
 import os
 import resource
 import shutil
@@ -21,13 +22,14 @@ import pytest
 
 from duende_ublkd.core.errors import DuendeError
 from duende_ublkd.core.model import Event, EventKind, Level
+from duende_ublkd.kernel.children import Children
 from duende_ublkd.report import store as store_module
 from duende_ublkd.report import writer as writer_module
 from duende_ublkd.report.reader import read_file
 from duende_ublkd.report.store import MOST_WAITING, TAIL, Record, Store
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+    from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
 T = TypeVar("T")
 NOBODY = 65534
@@ -597,6 +599,194 @@ def test_a_writer_that_cannot_be_started_is_told_and_tried_again(place: Path) ->
     assert texts(read_file(str(place)))[0] == "kept"
     assert len(heard.troubles) == 1
     assert heard.recovered == [0]
+
+
+# --- a writer that somebody else starts --------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def a_nursery() -> Iterator[Children]:
+    """The daemon's children, which start what the daemon itself must not."""
+    children = Children()
+    children.start()
+    try:
+        yield children
+    finally:
+        children.close()
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+async def another_writer(store: Store, *, than: int) -> int:
+    await until(lambda: store.writer_pid not in {None, than})
+    assert store.writer_pid
+    return store.writer_pid
+
+
+def test_the_first_writer_is_a_child_of_ours_and_each_later_one_is_spawned(place: Path) -> None:
+    heard = Heard()
+
+    async def scenario() -> None:
+        with a_nursery() as children:
+            async with opened(place, heard, spawn=children.spawn) as store:
+                pid = store.writer_pid
+                assert pid
+                assert parent_of(pid) == os.getpid()
+                for number in range(3):
+                    store.append(an_event(f"event {number}"))
+                    await written(store)
+                    os.kill(pid, signal.SIGKILL)
+                    pid = await another_writer(store, than=pid)
+                    assert parent_of(pid) == children.nursery_pid
+                    await until(lambda number=number: len(heard.recovered) == number + 1)  # type: ignore[misc]
+                links = {str(link.readlink()).split(":")[0] for link in Path(f"/proc/{pid}/fd").iterdir()}
+                assert {"/dev/null", "socket"} <= links
+                assert all(link in {"/dev/null", "socket"} or link.startswith(str(place)) for link in links)
+        assert not Path(f"/proc/{pid}").exists()
+
+    run(scenario())
+    assert [text for text in texts(read_file(str(place))) if text.startswith("event")] == [
+        f"event {number}" for number in range(3)
+    ]
+    assert "killed by signal 9" in heard.troubles[0]
+    assert heard.troubles[1:] == ["the journal's writer ended; another one is started"] * 2
+
+
+def can_be_leased(descriptor: int) -> bool:
+    """From then on whoever opens the file waits, as for a disk that hangs. Not so while others have it open."""
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def test_a_disk_that_hangs_while_a_later_writer_is_executed_holds_up_nobody(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    heard = Heard()
+    lags: list[float] = []
+
+    async def tick() -> None:
+        while True:
+            began = time.monotonic()
+            await asyncio.sleep(0.01)
+            lags.append(time.monotonic() - began)
+
+    async def scenario() -> None:
+        with a_nursery() as children:
+            async with opened(place, heard, spawn=children.spawn, answer_within=0.2) as store:
+                pid = store.writer_pid
+                assert pid
+                lease = os.open(program, os.O_RDONLY)
+                await until(lambda: can_be_leased(lease))  # the nursery's shell may be reading it
+                ticking = asyncio.ensure_future(tick())
+                os.kill(pid, signal.SIGKILL)
+                await until(lambda: store.stats.trouble == "the journal's disk does not answer")
+                store.append(an_event("kept"))
+                await asyncio.sleep(1)
+                assert store.writer_pid is None
+                ticking.cancel()
+                os.close(lease)
+                await until(lambda: heard.recovered)
+                await written(store)
+
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    try:
+        run(scenario())
+    finally:
+        signal.signal(signal.SIGIO, before)
+    assert "kept" in texts(read_file(str(place)))
+    assert max(lags) < AT_ONCE
+
+
+def test_a_writer_that_cannot_be_spawned_is_told_and_tried_again(place: Path) -> None:
+    heard = Heard()
+
+    async def scenario() -> None:
+        children = Children()
+        async with opened(place, heard, spawn=children.spawn) as store:
+            pid = store.writer_pid
+            assert pid
+            os.kill(pid, signal.SIGKILL)
+            await until(
+                lambda: "cannot be started: no child took the order: the nursery is gone" in store.stats.trouble
+            )
+            children.start()
+            await until(lambda: heard.recovered)
+            assert await another_writer(store, than=pid)
+        children.close()
+
+    run(scenario())
+
+
+A_LAGGARD = """
+import os, socket, time
+socket.socket(fileno=os.dup(0)).send(b'{"id": 0}')
+os.closerange(0, 256)
+time.sleep(100)
+"""
+
+
+def test_no_writer_is_spawned_beside_one_that_hangs_while_it_ends(place: Path) -> None:
+    heard = Heard()
+    laggards: list[subprocess.Popen[bytes]] = []
+
+    def spawn(_: Sequence[str], stdin: int) -> None:
+        laggards.append(subprocess.Popen([sys.executable, "-c", A_LAGGARD], stdin=stdin))
+
+    async def scenario() -> None:
+        async with opened(place, heard, spawn=spawn) as store:
+            assert store.writer_pid
+            os.kill(store.writer_pid, signal.SIGKILL)
+            await until(lambda: "the journal's writer hangs while it ends" in heard.troubles)
+            await asyncio.sleep(0.3)
+            assert len(laggards) == 1
+            laggards[0].kill()
+            await until(lambda: len(laggards) == 2)
+
+    try:
+        run(scenario())
+    finally:
+        for each in laggards:
+            each.kill()
+            each.wait()
+
+
+A_BABBLER = """
+import socket, time
+channel = socket.socket(fileno=0)
+channel.send(b"nonsense")
+time.sleep(100)
+"""
+
+
+def test_a_spawned_writer_that_cannot_be_understood_is_replaced(place: Path) -> None:
+    heard = Heard()
+
+    async def scenario() -> None:
+        with a_nursery() as children:
+            argvs = [[sys.executable, "-c", A_BABBLER]]
+
+            def spawn(argv: Sequence[str], stdin: int) -> None:
+                children.spawn(argvs.pop() if argvs else argv, stdin)
+
+            async with opened(place, heard, spawn=spawn) as store:
+                assert store.writer_pid
+                os.kill(store.writer_pid, signal.SIGKILL)
+                store.append(an_event("kept"))
+                await until(lambda: heard.recovered)
+                await written(store)
+            assert argvs == []
+
+    run(scenario())
+    assert "kept" in texts(read_file(str(place)))
 
 
 # --- a disk that is full, read-only, locked ----------------------------------------------------------------------------

@@ -76,3 +76,25 @@ def test_a_new_attempt_ends_the_service_before_it() -> None:
 
 def test_a_device_that_is_not_served_changes_nothing_by_being_looked_at() -> None:
     assert failed(2).looked_at(1e9, STABLE, served=False) == failed(2)
+
+
+def test_a_command_that_was_left_alone_is_waited_for_until_its_limit_or_for_the_pause_whichever_is_longer() -> None:
+    running = NO_TRAIL.begun(100.0, 30.0)
+    for pause, not_before in ((2.0, 130.0), (60.0, 165.0)):
+        trail = running.left_alone("no answer", 105.0, pause)
+        assert (trail.is_running, trail.trouble, trail.attempts) == (False, "no answer", 1)
+        assert (trail.limit, trail.not_before) == (130.0, not_before)
+
+
+def test_the_limit_of_a_command_that_is_over_is_over_too() -> None:
+    running = NO_TRAIL.begun(100.0, 30.0)
+    assert running.failed("exit 1", 104.0, 2.0).limit == 0.0
+    assert running.succeeded(104.0, 2.0).limit == 0.0
+    assert running.failed("exit 1", 104.0, 2.0).forgotten() == NO_TRAIL
+
+
+@pytest.mark.parametrize(
+    "trail", [NO_TRAIL.begun(100.0, 30.0).left_alone("no answer", 105.0, 2.0), Trail(2, limit=130)]
+)
+def test_what_is_forgotten_is_not_that_a_command_may_still_run(trail: Trail) -> None:
+    assert trail.forgotten() == Trail(attempts=0, limit=130.0, not_before=130.0)

@@ -18,7 +18,7 @@ from duende_ublkd.core.model import Identity, KernelState, Server, Verdict, Verd
 from duende_ublkd.core.trail import NO_TRAIL, Trail
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping
+    from collections.abc import Collection, Mapping
 
     from duende_ublkd.core.model import Observation
 
@@ -30,11 +30,15 @@ _LONGEST_BUSY = 30.0  # seconds between two attempts to claim what somebody unse
 
 @dataclass(frozen=True, slots=True)
 class Overdue:
-    """A command that missed its deadline, and when that was seen. `of_look`: it was only a question."""
+    """A command that missed its deadline, and when that was seen. `of_look`: it was only a question.
+
+    `of_former`: another process sent it, and nobody will hear of its answer.
+    """
 
     command: str
     since: float
     of_look: bool = False
+    of_former: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,15 +201,22 @@ class Ledger:
         if past and past.overdue and past.overdue.command == command:
             self._histories[dev_id] = replace(past, overdue=None)
 
+    def forget_overdue(self, dev_id: int) -> None:
+        """A person says that a command of a former daemon is over."""
+        past = self._histories.get(dev_id)
+        if past and past.overdue and past.overdue.of_former:
+            self._histories[dev_id] = replace(past, overdue=None)
+
+    def forget_remembered(self) -> tuple[int, ...]:
+        """After a look at all: what was remembered and is not there any more."""
+        gone = tuple(sorted(self._remembered))
+        self._remembered.clear()
+        return gone
+
     def forget(self, dev_id: int) -> History | None:
         """The id is free. Returns what was known of its last device."""
         self._remembered.pop(dev_id, None)
         return self._histories.pop(dev_id, None)
-
-    def forget_all_but(self, present: Iterable[int]) -> list[History]:
-        """Drop every id that is not present; returns what was known of them."""
-        gone = self._histories.keys() - set(present)
-        return [self._histories.pop(dev_id) for dev_id in sorted(gone)]
 
 
 def _same_instance(before: Identity, now: Identity) -> bool:
@@ -229,6 +240,11 @@ def is_live(seen: Observation) -> bool:
     return seen.info is not None and seen.info.state == KernelState.LIVE and seen.disk is not None
 
 
+def _is_stop_of_former(overdue: Overdue | None) -> bool:
+    """Its work is done once the device is DEAD and has no disk."""
+    return overdue is not None and overdue.of_former and overdue.command == "STOP_DEV"
+
+
 def _is_started(seen: Observation) -> bool:
     """It has a disk, and is not on its way up or down."""
     started = (KernelState.LIVE, KernelState.QUIESCED, KernelState.FAIL_IO)
@@ -239,10 +255,6 @@ def _phase(seen: Observation) -> tuple[object, ...]:
     served = bool((seen.server and seen.server.alive) or (seen.usage and seen.usage.char_openers))
     state = seen.info.state if seen.info else None
     return state, seen.disk is not None, seen.identity.sysfs_inode is not None, served
-
-
-def _rdevs(seen: Observation) -> frozenset[tuple[int, int]]:
-    return frozenset((seen.disk.rdev, *seen.disk.partitions)) if seen.disk and any(seen.disk.rdev) else frozenset()
 
 
 def _known_server(seen: Observation) -> Server | None:
@@ -282,7 +294,7 @@ def _begin(seen: Observation) -> History:
         idle_since=seen.at - (seen.age or 0.0) if idle else None,
         server=_known_server(seen),
         server_confirmed=_is_confirmed(seen, _known_server(seen)),
-        disk_rdevs=_rdevs(seen),
+        disk_rdevs=seen.disk.rdevs if seen.disk else frozenset(),
         watched_since=seen.at,
     )
 
@@ -310,7 +322,8 @@ def _continue(past: History, seen: Observation) -> History:
         server=served_now or past.server,
         server_confirmed=_is_confirmed(seen, served_now)
         or (past.server_confirmed and (served_now is None or _same_process(served_now, past.server))),
-        disk_rdevs=_rdevs(seen) or past.disk_rdevs,
+        disk_rdevs=(seen.disk.rdevs if seen.disk else None) or past.disk_rdevs,
+        overdue=None if idle and _is_stop_of_former(past.overdue) else past.overdue,
         death_seen=death_seen,
         server_died=server_died,
     )
@@ -326,6 +339,7 @@ def _to_record(past: History) -> dict[str, Any]:
         "was_live": past.was_live,
         "server": asdict(past.server) if past.server else None,
         "server_confirmed": past.server_confirmed,
+        "overdue": past.overdue.command if past.overdue and not past.overdue.of_look else None,
         "disk_rdevs": sorted(past.disk_rdevs),
         "death_seen": past.death_seen,
         "server_died": past.server_died,
@@ -348,6 +362,7 @@ def _from_record(record: Mapping[str, Any]) -> History:
             seen_live=bool(record["was_live"]),
             server=Server(**server) if server else None,
             server_confirmed=bool(record["server_confirmed"]),
+            overdue=_overdue_of(record),
             disk_rdevs=frozenset((int(major), int(minor)) for major, minor in record["disk_rdevs"]),
             death_seen=None if record["death_seen"] is None else _time(record["death_seen"]),
             server_died=bool(record["server_died"]),
@@ -357,6 +372,11 @@ def _from_record(record: Mapping[str, Any]) -> History:
         )
     except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"not a record of a device: {error!r}") from error
+
+
+def _overdue_of(record: Mapping[str, Any]) -> Overdue | None:
+    command = record["overdue"]
+    return Overdue(str(command), _time(record["verdict_since"]), of_former=True) if command else None
 
 
 def _time(value: Any) -> float:  # noqa: ANN401 - JSON

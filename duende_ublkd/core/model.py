@@ -107,6 +107,11 @@ class Disk:
     diskseq: int | None = None
     partitions: tuple[tuple[int, int], ...] = ()
 
+    @property
+    def rdevs(self) -> frozenset[tuple[int, int]]:
+        """Its number and those of its partitions, as far as they could be read."""
+        return frozenset(rdev for rdev in (self.rdev, *self.partitions) if any(rdev))
+
 
 @dataclass(frozen=True, slots=True)
 class Server:

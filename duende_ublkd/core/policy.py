@@ -29,6 +29,9 @@ SETTLING = 45.0
 """Seconds that a device may be on its way down: up to 6.14 the kernel notices a server that died with every tag in flight
 only after the request timeout of 30 s (ublk_timeout)."""
 
+COURTESY = 5.0
+"""Seconds that a daemon watches before it runs a recovery command for a device that had no server before it came."""
+
 LETTING_GO = 1.0
 """Seconds that the kernel may take to free a deleted device that nobody holds; milliseconds are normal."""
 
@@ -166,6 +169,10 @@ def _without_server(seen: Observation, past: History, policy: Policy, now: float
         reason = f"{name}; {opener} has taken its char device"
         return Verdict(VerdictKind.RECOVERING, reason, look_again_in=2.0, rule="taken")
     left = policy.recovery_deadline - lasted
+    if (
+        policy.unserved is OnUnserved.RECOVER
+    ):  # a server that comes back by itself may have begun to while nobody looked
+        left = max(left, past.watched_since + min(policy.recovery_deadline, COURTESY) - now)
     if left > 0:
         reason = f"{_waiting(seen)}; {_span(policy.recovery_deadline)} to be recovered in"
         then = _AFTER_DEADLINE[policy.unserved]
@@ -220,9 +227,11 @@ def _to_be_given_up(seen: Observation, past: History, policy: Policy, now: float
     if past.paused_until > now:
         reason, then = f"{_waiting(seen)}; {past.pause_reason}", "another attempt to delete it"
         return Verdict(VerdictKind.UNSERVED, reason, Action.ALERT, past.paused_until - now, "paused", then)
-    left = past.watched_since + policy.recovery_deadline - now
+    left = max(past.watched_since + policy.recovery_deadline, past.trail.limit) - now
     if left > 0:
-        reason = f"{_waiting(seen)}; this daemon has not watched it for its whole deadline"
+        attempt = past.trail.limit > now
+        why = "a recovery command may still run" if attempt else "this daemon has not watched it for its whole deadline"
+        reason = f"{_waiting(seen)}; {why}"
         then = "it is stopped and deleted, if nothing holds its disk"
         return Verdict(VerdictKind.UNSERVED, reason, look_again_in=left, rule="not-yet-given-up", then=then)
     if seen.usage is None:
@@ -386,7 +395,8 @@ def _numbers(rdev: tuple[int, int] | None) -> str:
 
 WHAT_WOULD_CHANGE_IT = {
     "on-hold": "duende-ublkd release, or the end of the hold",
-    "overdue": "the command's answer, and nothing else; a person can look for what it waits for: dmesg, /proc/PID/stack",
+    "overdue": "the command's answer; a person can look for what it waits for (dmesg, /proc/PID/stack), and say that one of "
+    "a former daemon is over: duende-ublkd release",
     "no-answer": "an answer of the driver to GET_DEV_INFO",
     "strange-state": "a version of duende-ublkd that knows the state",
     "served": "the death of that process, or its closing the device",

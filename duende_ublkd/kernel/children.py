@@ -1,13 +1,20 @@
 """The daemon's side of its disposable children: recovery commands, and what may end in an uninterruptible sleep.
 
 The nursery (`nursery.py`) is started before memory is locked and has children ready; each order goes to one of them,
-with one end of a socket pair that is this order's alone. Nothing here blocks, waits for a child, or starts a thread.
+with one end of a socket pair that is this order's alone. Nothing here waits for a child or starts a thread, and only one
+call waits for a disk: `start()`, where a nursery has to be executed.
 
 Rules:
 1. A child acts only when told `go`. An order that is not taken by its deadline is given up here, and its child, which
-   finds the socket closed, does nothing.
+   finds the socket closed, does nothing. Whether it may still be done is asked right before the word.
 2. A hand that misses its deadline is left to itself. Its answer is collected whenever it comes.
-3. A recovery command is ended or kept by its caller's word; a supervisor without a daemon follows rules of its own.
+3. A recovery command is ended, kept or left by its caller's word; a supervisor without a daemon follows rules of its own.
+4. A device has one recovery command at a time. One that was given up or ended counts until its supervisor is over, which
+   is when nothing of it is left; one that was kept counts until its own process has ended, and so does one whose
+   supervisor was killed. Those of a former daemon are not known here.
+5. A nursery that has died leaves spares, and one of them becomes the next: no disk is waited for. Only where none is left
+   is another one executed, by the next `start()` or order; posix_spawn(3) then holds up the daemon as long as the
+   interpreter's disk does.
 
 The daemon's unit has to leave these children alone when it stops (KillMode=process): one of them may be the server.
 """
@@ -43,7 +50,7 @@ from duende_ublkd.kernel import abi, binding, nursery
 from duende_ublkd.kernel.control import why_no_control_device
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 SPARES = 2
 MOST_ORDERS = 64  # under way at once, servers that were kept not counted
@@ -52,10 +59,15 @@ STARTED_IN = 10.0  # and for a command to be executed, which reads from disks
 NURSERY_IN = 10.0  # more for a nursery that has just been executed; on an emulated CPU it takes seconds
 MOST_LINES = 20  # of a command's output
 _ANSWER_GRACE = 1.0  # seconds that a supervisor has for its answer, beyond what it may take to kill
-_CLOSE_GRACE = 1.0  # the nursery ends in some milliseconds
+_CLOSE_GRACE = 0.1  # seconds that close() waits for the nursery, which ends in some milliseconds
+_KILL_GRACE = 0.05  # and for one that was killed
 _MOST_MESSAGE = 64 << 10
 _NO_CHILD = "no child took the order"
 _LOOK = "look at: journalctl -u duende-ublkd; systemctl restart duende-ublkd"
+
+
+class StillRunningError(DuendeError):
+    """The former recovery command of this device is not over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,13 +81,18 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class CommandOrder:
-    """What to run. `environment` is all that it gets. `timeout`: seconds, and counts only if the daemon goes away."""
+    """What to run. `environment` is all that it gets.
+
+    `timeout`: seconds, and counts only if the command is left, or the daemon goes away. `char_rdev`: of the device's char
+    node; None: not known, and whoever has a char device open is found by its name alone.
+    """
 
     dev_id: int
     argv: tuple[str, ...]
     environment: Mapping[str, str]
     timeout: float
     user: Credentials | None = None
+    char_rdev: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +141,13 @@ class _Talk:
 class Command:
     """One recovery command. The supervisor talks; whoever waits here may be cancelled without effect on it."""
 
-    def __init__(self, order: CommandOrder, done: Callable[[Command], None], patience: float) -> None:
-        """`patience`: seconds until it has to be started."""
+    def __init__(
+        self, order: CommandOrder, done: Callable[[Command], None], patience: float, may_go: Callable[[], bool]
+    ) -> None:
+        """`patience`: seconds until it has to be started. `may_go`: asked right before."""
+        self.dev_id = order.dev_id
         self.pid: int | None = None
+        self.supervisor: int | None = None
         self.is_kept = False
         self.talk = _Talk(self._hear)
         self._order = order
@@ -136,21 +157,34 @@ class Command:
         self._end: Ended | None = None
         self._left: str | None = None
         self._serves: bool | None = None
-        self._is_over = False
+        self._is_over = False  # the supervisor
+        self._is_let_go = False
+        self._pidfd = -1  # of its own process, should the supervisor die
         self._changed = asyncio.Event()
         self._patience = patience
-        loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = loop.call_later(patience, self._give_up)
+        self._may_go = may_go
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = self._loop.call_later(patience, self._give_up)
+
+    @property
+    def is_under_way(self) -> bool:
+        """Something of it may still act on the device."""
+        return not self._is_let_go and not (self.is_kept and self._end is not None)
+
+    async def no_longer_under_way(self) -> None:
+        """Wait until nothing of it may act any more."""
+        while self.is_under_way:
+            await self._changed.wait()
 
     async def started(self) -> None:
         """Wait until it is executed; DuendeError says why it could not be."""
-        await self._until(lambda: self.pid is not None)
+        await self._until(lambda: self.pid is not None or self._failure is not None)
         if self._failure:
             raise self._failure
 
     async def ended(self) -> Ended:
         """Wait for the end of the command's own process; what it has started may go on."""
-        await self._until(lambda: self._end is not None)
+        await self._until(lambda: self._end is not None or self._failure is not None)
         if self._end:
             return self._end
         return Ended(None, "", 0, self._trouble())
@@ -159,6 +193,15 @@ class Command:
         """The device is served again, perhaps by this command: no limits any more."""
         self.is_kept = True
         self._say(do="keep")
+        self._tell()
+
+    def leave(self) -> None:
+        """Nobody can tell what comes of it: it goes on as without a daemon, and is listened to.
+
+        At the end of its order's time it is ended, unless something of it has a char device open. One that was kept stays
+        kept.
+        """
+        self._say(do="leave")
 
     async def end(self, deadline: float = 5.0) -> str:
         """End it and all that descends from it; empty: all gone, else a sentence on what is left and why.
@@ -166,6 +209,7 @@ class Command:
         Nothing is killed if one of them has another device's char device open.
         """
         if not self._is_over:
+            self.is_kept = False
             self._left = None
             self._say(do="end", within=deadline)
         try:
@@ -191,6 +235,7 @@ class Command:
     def close(self) -> None:
         """Stop listening; the supervisor goes on by itself."""
         self.talk.close()
+        self._let_go()
         self._finish()
 
     def _what_is_left(self) -> str:
@@ -226,14 +271,18 @@ class Command:
                 self._failure = DuendeError(f"{self._name()} was not started: its child died", hint=_LOOK)
             self._finish()
         elif "taken" in message:
+            self.supervisor = message["taken"]
             self._go()
         elif "started" in message:
             self.pid = message["started"]
             self._stop_timer()
+            with contextlib.suppress(OSError):  # it has ended already, or descriptors are short
+                self._pidfd = os.pidfd_open(message["started"])
         elif "exited" in message:
             self._end = Ended(message["exited"], _shown(message["output"]), message["bytes"])
         elif "trouble" in message:
-            self._failure = self._why_not_started(message)
+            self._failure = self._failure or self._why_not_started(message)
+            self._stop_timer()
         elif "left" in message:
             self._left = message["left"]
         elif "serves" in message:
@@ -241,22 +290,44 @@ class Command:
         self._tell()
 
     def _go(self) -> None:
+        if not self._may_go():
+            self._failure = _on_hold(self.dev_id)
+            self.close()
+            return
         self.talk.say(do="go")
         for each in self._unsaid or ():
             self.talk.say(**each)
         self._unsaid = None
 
     def _give_up(self) -> None:
+        """What nobody has taken will never be done. What hangs in its exec is listened to until it is really over."""
         self._timer = None
-        what = _NO_CHILD if self._unsaid is not None else "it could not be executed"
+        is_taken = self._unsaid is None
+        what = "it could not be executed" if is_taken else _NO_CHILD
         self._failure = DuendeError(f"{self._name()} was not started: {what} within {self._patience:.3g} s", hint=_LOOK)
-        self.close()
+        if is_taken:
+            self.talk.say(do="give up")
+            self._tell()
+        else:
+            self.close()
 
     def _finish(self) -> None:
         self._stop_timer()
-        if not self._is_over:
-            self._is_over = True
-            self._done(self)
+        self._is_over = True
+        if self._pidfd >= 0 and self._end is None and not _has_ended(self._pidfd):
+            self._loop.add_reader(self._pidfd, self._let_go)
+        else:
+            self._let_go()
+        self._tell()
+
+    def _let_go(self) -> None:
+        """Nothing of it is left, as far as can be seen; or nobody is to look any more."""
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            self._pidfd = -1
+        self._is_let_go = True
+        self._done(self)
         self._tell()
 
     def _stop_timer(self) -> None:
@@ -289,35 +360,47 @@ def _shown(output: str) -> str:
 class _Hand:
     """One order that may sleep for ever."""
 
-    def __init__(self, dev_id: int, ended: Callable[[_Hand, dict[str, Any] | None], None]) -> None:
+    def __init__(
+        self, dev_id: int, ended: Callable[[_Hand, dict[str, Any] | None], None], may_go: Callable[[], bool]
+    ) -> None:
         self.dev_id = dev_id
         self.talk = _Talk(self._hear)
         self.answer: dict[str, Any] | None = None
         self.is_taken = False
         self.is_over = False
         self.is_given_up = False
+        self.is_refused = False
         self._ended = ended
+        self._may_go = may_go
         self.changed = asyncio.Event()
 
     async def until(self, condition: Callable[[], bool], deadline: float) -> bool:
         """Whether it came about by the deadline."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(deadline):
-                while not condition() and not self.is_over:
+                while not condition() and not self.is_over and not self.is_refused:
                     self.changed.clear()
                     await self.changed.wait()
         return condition()
 
     def _hear(self, message: dict[str, Any] | None) -> None:
         if message is not None and "taken" in message:
-            self.is_taken = True
-            self.talk.say(do="go")
+            if self._may_go():
+                self.is_taken = True
+                self.talk.say(do="go")
+            else:
+                self.is_refused = True
         else:
             self.is_over = True
             self.answer = message
             self.talk.close()
             self._ended(self, message)
         self.changed.set()
+
+
+def _on_hold(dev_id: int) -> DuendeError:
+    hint = f"duende-ublkd explain {dev_id}; to end the hold: duende-ublkd release {dev_id}"
+    return DuendeError("not done: it is on hold now", hint=hint)
 
 
 class Children:
@@ -351,14 +434,21 @@ class Children:
         return self._pid or None
 
     @property
+    def is_alive(self) -> bool:
+        """The nursery runs. Not so: no spare of the last one has taken its place, or not yet."""
+        return self._pidfd >= 0 and not _has_ended(self._pidfd)
+
+    @property
     def overdue(self) -> int:
         """Hands that were given up and have not answered."""
         return sum(hand.is_given_up and hand.is_taken for hand in self._hands)
 
     def start(self) -> None:
-        """Execute the nursery, if none runs. Quick, and to be done before memory is locked."""
-        if self._orders and _has_ended(self._pidfd):
-            self._drop_nursery()
+        """Execute the nursery, if none runs and none is being made of a spare. To be done before memory is locked.
+
+        Quick, unless the interpreter's disk hangs; `is_alive` tells whether it is worth the risk.
+        """
+        self._look_after_nursery()
         if self._orders:
             return
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -375,14 +465,27 @@ class Children:
             theirs.close()
         self._orders = ours
         self._born = self._loop.time()
-        self._loop.add_reader(self._pidfd, self._drop_nursery)
+        self._loop.add_reader(self._pidfd, self._nursery_died)
         self._loop.add_reader(ours, self._hear_nursery)
 
-    def run(self, order: CommandOrder) -> Command:
-        """Have a child run a command; DuendeError: no child can be had."""
+    async def former_is_over(self, dev_id: int, deadline: float) -> bool:
+        """Wait until no recovery command of this device is under way (rule 4); False: one still is."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline):
+                while former := self._under_way(dev_id):
+                    await former.no_longer_under_way()
+        return self._under_way(dev_id) is None
+
+    def run(self, order: CommandOrder, *, may_go: Callable[[], bool] = lambda: True) -> Command:
+        """Have a child run a command. StillRunningError: the device's former one does; DuendeError: no child can be had.
+
+        `may_go`: asked when a child has taken the order; False: it is not done, and started() says so.
+        """
+        if former := self._under_way(order.dev_id):
+            raise _still_running(former)
         user = order.user
         self.start()
-        command = Command(order, self._commands.discard, self._patience(STARTED_IN))
+        command = Command(order, self._commands.discard, self._patience(STARTED_IN), may_go)
         self._commands.add(command)
         try:
             self._give(
@@ -395,26 +498,49 @@ class Children:
                 uid=user.uid if user else None,
                 gid=user.gid if user else None,
                 groups=list(user.groups) if user else None,
+                char_major=order.char_rdev[0] if order.char_rdev else None,
             )
         except BaseException:
             command.close()
             raise
         return command
 
-    async def stop_device(self, dev_id: int, rdev: tuple[int, int], *, try_first: bool, deadline: float) -> None:
+    def spawn(self, argv: Sequence[str], stdin: int) -> None:
+        """Have a child execute a program, `argv[0]` being its path, and leave it to itself. Never waits.
+
+        It gets the daemon's environment, `stdin`, /dev/null for the rest, and a session of its own. Neither its start nor
+        its end is told of here: when `stdin` is a socket, its other end sees both. What a child has not taken yet is not
+        lost, and is done later. DuendeError: there are no children, and none are started here.
+        """
+        self._look_after_nursery()
+        self._send(stdin, do="spawn", argv=list(argv))
+
+    async def stop_device(
+        self,
+        dev_id: int,
+        rdev: tuple[int, int],
+        *,
+        try_first: bool,
+        deadline: float,
+        may_go: Callable[[], bool] = lambda: True,
+    ) -> None:
         """STOP_DEV of a device whose disk nobody has claimed: not mounted, not swapped on, not under dm, md or loop.
 
         `rdev`: of the disk that was looked at. `try_first`: the driver has UBLK_F_SAFE_STOP_DEV, and TRY_STOP_DEV then
         spares a disk that is merely open, too. `deadline`: seconds for the answer, from when a hand has taken the order.
-        A recoverable device is privileged, so no node's path is sent.
-        Raises BusyError, NoSuchDeviceError, CommandError, CommandOverdueError, KernelUnavailableError.
+        A recoverable device is privileged, so no node's path is sent. `may_go`: asked when a hand has taken the order.
+        Raises DuendeError (it may not go, or there is no hand) and its subclasses BusyError,
+        NoSuchDeviceError, CommandError, CommandOverdueError, KernelUnavailableError.
         """
         self.start()
-        hand = _Hand(dev_id, self._hand_ended)
+        hand = _Hand(dev_id, self._hand_ended, may_go)
         self._hands.add(hand)
         try:
             self._give(hand.talk, **_stop_order(dev_id, rdev, try_first=try_first))
-            if not await hand.until(lambda: hand.is_taken, self._patience(TAKEN_IN)):
+            taken = await hand.until(lambda: hand.is_taken, self._patience(TAKEN_IN))
+            if hand.is_refused:
+                raise _on_hold(dev_id)
+            if not taken:
                 raise DuendeError(f"STOP_DEV on ublk{dev_id} was not sent: {_NO_CHILD}", hint=_LOOK)
             answered = await hand.until(lambda: hand.is_over, deadline)
         finally:
@@ -427,7 +553,7 @@ class Children:
         _judge(dev_id, hand.answer)
 
     def close(self) -> None:
-        """Give everything back. Commands and hands under way go on by themselves."""
+        """Give everything back, in at most 0.2 s. Commands and hands under way go on by themselves."""
         for command in tuple(self._commands):
             command.close()
         for hand in tuple(self._hands):
@@ -435,25 +561,32 @@ class Children:
         self._hands.clear()
         if self._orders:
             self._orders_closed()
-            _has_ended(self._pidfd, within=_CLOSE_GRACE)
+            self._end_nursery()
             self._drop_nursery()
 
     def _patience(self, seconds: float) -> float:
         return seconds + max(0.0, self._born + NURSERY_IN - self._loop.time())
 
     def _give(self, talk: _Talk, **order: object) -> None:
-        assert self._orders  # noqa: S101 - for the type checker
         busy = len(self._hands) + sum(not command.is_kept for command in self._commands)
         if busy > MOST_ORDERS:
             raise DuendeError(f"{MOST_ORDERS} commands are under way already", hint="look at: duende-ublkd list")
+        self._send(talk.theirs.fileno(), **order)
+        talk.theirs.close()
+
+    def _send(self, descriptor: int, **order: object) -> None:
+        if self._orders is None:
+            raise DuendeError(f"{_NO_CHILD}: the nursery is gone", hint=_LOOK)
         message = json.dumps(order).encode()
         if len(message) > nursery.MOST_ORDER:
             raise UsageError("the command and its environment are longer than 64 KiB", hint="put them into a script")
         try:
-            socket.send_fds(self._orders, [message], [talk.theirs.fileno()])
+            socket.send_fds(self._orders, [message], [descriptor])
         except OSError as error:
             raise DuendeError(f"{_NO_CHILD}: {error.strerror}", hint=_LOOK) from error
-        talk.theirs.close()
+
+    def _under_way(self, dev_id: int) -> Command | None:
+        return next((each for each in self._commands if each.dev_id == dev_id and each.is_under_way), None)
 
     def _hand_ended(self, hand: _Hand, answer: dict[str, Any] | None) -> None:
         self._hands.discard(hand)
@@ -473,23 +606,85 @@ class Children:
             raw = b""
         if not raw:
             self._orders_closed()
+            if self._pidfd < 0:  # it was the heir's, and there is none
+                self._orders = None
+            return
+        message = json.loads(raw)
+        if "nursery" in message:
+            self._take_heir(message["nursery"])
         elif self._on_trouble:
-            self._on_trouble(printable(json.loads(raw)["trouble"]))
+            self._on_trouble(printable(message["trouble"]))
 
     def _orders_closed(self) -> None:
         if self._orders and self._orders.fileno() >= 0:
             self._loop.remove_reader(self._orders)
             self._orders.close()
 
+    def _look_after_nursery(self) -> None:
+        """What the loop will notice, too, when it is its turn."""
+        if self._pidfd >= 0:
+            if _has_ended(self._pidfd):
+                self._nursery_died()
+        elif self._orders and self._loop.time() > self._born + NURSERY_IN:
+            self._drop_nursery()  # no spare has become the heir
+
+    def _nursery_died(self) -> None:
+        """Have one of its spares take its place; the others end with the socket that they know."""
+        heirs_orders = None
+        with contextlib.suppress(OSError, DuendeError):  # no descriptor, or no spare: the next order executes another
+            heirs_orders = self._appoint_heir()
+        self._drop_nursery()
+        if heirs_orders is None:
+            return
+        self._orders = heirs_orders
+        self._born = self._loop.time()
+        self._loop.add_reader(heirs_orders, self._hear_nursery)
+
+    def _appoint_heir(self) -> socket.socket:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            with theirs:
+                self._send(theirs.fileno(), do="nurse", spares=SPARES, lock=self._lock)
+        except DuendeError:
+            ours.close()
+            raise
+        ours.setblocking(False)
+        return ours
+
+    def _take_heir(self, pid: int) -> None:
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except OSError:  # it has died already; or descriptors are short, and it ends with the socket
+            self._drop_nursery()
+            return
+        self._pid = pid
+        self._loop.add_reader(self._pidfd, self._nursery_died)
+
+    def _end_nursery(self) -> None:
+        """Its spares have seen the end of the socket, and its other children go on without it."""
+        if self._pidfd < 0 or _has_ended(self._pidfd, within=_CLOSE_GRACE):
+            return
+        with contextlib.suppress(ProcessLookupError):  # it has just ended; else it is hardly begun, or stopped
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        _has_ended(self._pidfd, within=_KILL_GRACE)
+
     def _drop_nursery(self) -> None:
-        """It has ended, or has been told to; the next order starts another."""
+        """It has ended, or has been told to."""
         self._orders_closed()
         self._orders = None
-        self._loop.remove_reader(self._pidfd)
-        os.close(self._pidfd)
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(self._pid, os.WNOHANG)
+        if self._pidfd >= 0:
+            self._loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+            with contextlib.suppress(ChildProcessError):  # an heir is no child of ours
+                os.waitpid(self._pid, os.WNOHANG)
         self._pid, self._pidfd = 0, -1
+
+
+def _still_running(former: Command) -> StillRunningError:
+    pid = f" (pid {former.pid})" if former.pid else ""
+    supervisor = former.supervisor
+    hint = f"ps -o pid,stat,wchan:20,args -p {supervisor} --ppid {supervisor}" if supervisor else _LOOK
+    return StillRunningError(f"the former recovery command of ublk{former.dev_id}{pid} still runs", hint=hint)
 
 
 def _has_ended(pidfd: int, *, within: float = 0.0) -> bool:

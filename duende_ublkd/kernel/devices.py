@@ -55,6 +55,7 @@ SWEEP_AT_MOST = 1024  # an id beyond was given by somebody, and is known from sy
 SWEEP_MARGIN = 8
 USAGE_DEADLINE = 5.0
 SERVER_DEADLINE = 2.0
+FORMER_DEADLINE = 2.0
 BOOT_SLACK = 3.0  # seconds from the start of the clocks to devtmpfs's first nodes, generously
 _BOOT_NODES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/kmsg")
 _DELETED_SOON = 0.001  # first pause between two looks for the node's end; doubles
@@ -103,7 +104,7 @@ class UblkKernel:
             each.dev_id: Target(
                 each.dev_id,
                 each.identity.char_rdev,
-                remembered.get(each.dev_id, frozenset()) | _disk_rdevs(each.disk),
+                remembered.get(each.dev_id, frozenset()) | (each.disk.rdevs if each.disk else frozenset()),
             )
             for each in seen
         }
@@ -118,12 +119,19 @@ class UblkKernel:
         finally:
             claim.release()
 
-    def run_command(
-        self, dev_id: int, argv: tuple[str, ...], environment: Mapping[str, str], rule: Recovery
+    async def run_command(
+        self,
+        seen: Observation,
+        argv: tuple[str, ...],
+        environment: Mapping[str, str],
+        rule: Recovery,
+        may_go: Callable[[], bool],
     ) -> Command:
-        """Start a recovery command in a child. DuendeError: there is no child to be had."""
+        """Start a recovery command in a child. DuendeError: there is no child to be had, or a former command still runs."""
         user = self.users[rule.user] if rule.user else None
-        return self.children.run(CommandOrder(dev_id, argv, environment, rule.timeout, user))
+        await self.children.former_is_over(seen.dev_id, FORMER_DEADLINE)  # what served may only just have died
+        order = CommandOrder(seen.dev_id, argv, environment, rule.timeout, user, seen.identity.char_rdev)
+        return self.children.run(order, may_go=may_go)
 
     async def _observe_one(self, dev_id: int) -> Observation | None:
         for _ in range(_STABLE_READS):
@@ -175,11 +183,11 @@ class UblkClaim:
         seen = await self._kernel.observe([self._dev_id])
         return seen[0] if seen else None
 
-    async def stop(self, seen: Observation) -> None:
+    async def stop(self, seen: Observation, may_go: Callable[[], bool]) -> None:
         """Stop a device that waits for a server, which fails its waiting I/O and takes its disk away.
 
         HeldError: its disk is mounted, swapped on, claimed or (7.0) open. NoSuchDeviceError: it has no disk any more.
-        CommandOverdueError: the stop still runs, in a child that nobody waits for.
+        CommandOverdueError: the stop still runs, in a child that nobody waits for. DuendeError: `may_go` said no.
         """
         if seen.disk is None:
             raise NoSuchDeviceError("STOP_DEV", self._dev_id, errno.ENODEV, "it has no disk any more")
@@ -188,7 +196,7 @@ class UblkClaim:
         began, result = time.monotonic(), "overdue"
         try:
             await self._kernel.children.stop_device(
-                self._dev_id, seen.disk.rdev, try_first=safely, deadline=control.deadline
+                self._dev_id, seen.disk.rdev, try_first=safely, deadline=control.deadline, may_go=may_go
             )
             result = "ok"
         except CommandError as error:
@@ -364,10 +372,6 @@ def _read_slots_max() -> int | None:
     except OSError:  # the parameter came with 6.3
         return None
     return int(text) if text.isdigit() else None
-
-
-def _disk_rdevs(disk: Disk | None) -> Rdevs:
-    return frozenset((disk.rdev, *disk.partitions)) if disk else frozenset()
 
 
 def _read_text(path: str) -> str:

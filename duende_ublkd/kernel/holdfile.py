@@ -3,13 +3,10 @@
 A daemon that starts again reads it, and so do the commands that work without one. It is written by the daemon alone, and
 believed only when nobody but root, or the user who reads it, can have written it. No file means no holds; a file that is
 not understood means that nobody knows what is on hold, which is an error: the reader then holds back.
-
-Nothing is synced: the file does not have to outlive the machine, whose next boot has other devices.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -19,6 +16,7 @@ from typing import Any, NoReturn
 from duende_ublkd.core.errors import DuendeError
 from duende_ublkd.core.holds import Holds
 from duende_ublkd.core.text import printable
+from duende_ublkd.kernel import runfile
 
 NAME = "holds.json"
 MOST_BYTES = 1 << 20  # core.holds.MOST_HOLDS of the longest fit
@@ -85,27 +83,7 @@ def write(directory: str, record: dict[str, Any]) -> None:
     data = json.dumps(record, ensure_ascii=False).encode("utf-8", "backslashreplace")
     if len(data) > MOST_BYTES:
         raise OSError(errno.EFBIG, f"more than {MOST_BYTES} bytes of holds")
-    there = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        _write_new(there, data)
-        os.rename(f".{NAME}", NAME, src_dir_fd=there, dst_dir_fd=there)
-    finally:
-        os.close(there)
-
-
-def _write_new(there: int, data: bytes) -> None:
-    name = f".{NAME}"
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(name, dir_fd=there)  # of a daemon that was killed while it wrote
-    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=there)
-    try:
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fchmod(fd, 0o644)  # whatever the umask is: anybody may know what is on hold
-    except BaseException:
-        os.unlink(name, dir_fd=there)
-        raise
+    runfile.replace(directory, NAME, data)
 
 
 def _check_author(path: str, status: os.stat_result) -> None:
@@ -121,5 +99,5 @@ def _refuse(path: str, what: str, cause: BaseException | None = None) -> NoRetur
     file = printable(path)
     raise DuendeError(
         f"{file} {what}, so nobody knows which devices are on hold",
-        hint=f"ls -l {file}; to go on without any hold: rm {file}",
+        hint=f"ls -l {file}; to go on with the holds that the journal has: rm {file}",
     ) from cause

@@ -3,6 +3,10 @@
 mlockall(MCL_CURRENT | MCL_FUTURE) makes every page resident at once, untouched ones too, so that threads are kept small
 before any is made: their stacks, and glibc's habit of reserving 64 MiB for each thread's allocations. A lock is not
 inherited by children (mlock(2)).
+
+Where memory is short, an allocation reclaims some, and may wait for a page to be written to the swap: for ever, if that
+is on a device without a server. PR_SET_IO_FLUSHER (5.6) has this process reclaim without I/O. It is per thread, goes on to
+threads and children made later, and through execve(2): a recovery command has it, too, as a server of a disk should.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from duende_ublkd.core.errors import DuendeError
 
 _MCL_CURRENT = 1
 _MCL_FUTURE = 2
+_PR_SET_IO_FLUSHER = 57  # <linux/prctl.h>
 _M_ARENA_MAX = -8  # <malloc.h>
 _STACK = 256 << 10  # bytes; no thread here recurses
 _LOCKED = re.compile(rb"^VmLck:\s*(\d+) kB$", re.MULTILINE)
@@ -28,6 +33,11 @@ def keep_threads_small() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # musl has none, and no arenas
         libc.mallopt(_M_ARENA_MAX, 1)
+
+
+def reclaim_without_io() -> bool:
+    """To be called before the first thread is made. False: not permitted (CAP_SYS_RESOURCE), or an older kernel."""
+    return bool(ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0) == 0)
 
 
 def lock_memory() -> None:

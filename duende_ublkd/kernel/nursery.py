@@ -3,22 +3,29 @@
 The daemon runs `PROGRAM` with `python -I -S -c`, its order socket being descriptor 3. (As a script it would be compiled
 at each start, which takes 1.5 MiB that never come back.) It keeps some children forked ahead. They all wait on that
 socket; whichever gets an order does it, and another is forked. A child becomes a *supervisor*, which runs a recovery
-command, or a *hand*, which does what may sleep for ever.
+command, a *hand*, which does what may sleep for ever, a program of the daemon's that nobody waits for, or the *heir* of a
+nursery that has died: to execute another one would be to wait for a disk.
 
 Rules:
 1. An order is a JSON message with one descriptor, on which its child talks to the daemon: `taken` there, `go` back, and
-   nothing is done without the `go`. So what the daemon has given up is never done later.
+   nothing is done without the `go`. So what the daemon has given up is never done later. (A program has it for its
+   stdin, and an heir for its order socket.) A command whose exec hangs is killed when it is given up, or when the daemon
+   goes: SIGKILL, which works as soon as the disk answers, and before the command's first instruction.
 2. Only a descendant of its own is ever signalled, through a pidfd opened before its descent was looked at. A process
    group proves nothing; but a subreaper without children has no descendants, which is how "all gone" is known.
 3. A supervisor kills nobody who may serve a device: none of its command's processes, as soon as one has another device's
    char device open, or cannot be looked into. Whom it spares it serves on: it reads their output until nobody is left
    to write any, so that a server in the foreground neither blocks on a full pipe nor dies of a closed one.
 4. Without the daemon the order's own time limit counts, and then any open char device spares its process.
-5. The nursery and its spares end with the daemon's end of the order socket and by nothing else: a service manager that
-   signals the whole group would take the supervisor's pipe from a server. Children with an order go on. A nursery that
-   died leaves spares that still take orders, until the daemon has seen it and closes the socket.
+5. The nursery and its spares end with the daemon's end of the order socket and by nothing else (but a nursery that is
+   slow to is killed): a service manager that signals the whole group would take the supervisor's pipe from a server.
+   Children with an order go on. A nursery that died leaves spares that still take orders, until the daemon has seen it,
+   makes one of them the heir, and closes the socket.
+6. A char device is known by its number, wherever its node lies and from whichever root it was opened, and also by its
+   name; either is enough.
 
-What it cannot see: a char device that is only mapped, or registered with an io_uring, its descriptor closed.
+What it cannot see: a char device that is only mapped, or registered with an io_uring, its descriptor closed. (To read
+/proc/PID/maps or map_files takes that process's mmap_lock, which one that waits for a sick disk may hold for ever.)
 
 oom_score_adj is inherited by the commands on purpose: what brings the swap back must not be the first to be killed.
 Imports are few, because every page is locked: no asyncio, no dataclasses, no typing.
@@ -60,6 +67,7 @@ _KILL_AGAIN = 0.1  # seconds; those that were forked meanwhile
 _LAST_EFFORT = 10.0  # seconds of killing when no daemon waits for it
 _BREATH = 1.0  # seconds before a spare is replaced that died without an order, or could not be forked
 _CHAR_DEVICE = "/dev/ublkc"
+_CHAR_NAME = "ublkc"
 _DEEPEST = 1000  # generations between a supervisor and its last descendant; a stale chain of parents may be a circle
 _MOST_NAMED = 3
 _VANISHED = (errno.ENOENT, errno.ESRCH)
@@ -67,6 +75,10 @@ _VANISHED = (errno.ENOENT, errno.ESRCH)
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
 _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 15, 36
 _libc = ctypes.CDLL(None, use_errno=True)
+_statx = getattr(_libc, "statx", None)  # musl has it since 1.2.5
+_AT_FDCWD, _AT_NO_AUTOMOUNT, _AT_STATX_DONT_SYNC = -100, 0x800, 0x4000
+_STATX_TYPE, _STATX_SIZE = 1, 256
+_STX_MODE, _STX_RDEV_MAJOR, _STX_RDEV_MINOR = slice(28, 30), slice(128, 132), slice(132, 136)
 
 _UNSUPPORTED = (-errno.EOPNOTSUPP, -524)  # the latter is abi.ENOTSUPP
 
@@ -226,32 +238,82 @@ def _wait_for_order(orders: socket.socket, take: int, lock: bool) -> None:  # no
     if lock:  # what it shares with the nursery is locked there, and gets locked here when it is copied
         _lock_memory(orders, _MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)
     ring = _ring_or_errno()
-    raw, descriptors, flags, _ = orders.recvmsg(MOST_ORDER, socket.CMSG_SPACE(4), socket.MSG_CMSG_CLOEXEC)
-    if not raw:
+    received = _receive(orders)
+    if received is None:
         return
     with contextlib.suppress(BrokenPipeError):  # the nursery has died: nobody is to be forked
         os.write(take, os.getpid().to_bytes(4, sys.byteorder))
     os.close(take)
     orders.close()
-    if len(descriptors) != 1 or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-        return  # the daemon sees its other end closed
-    numbers = array.array("i")
-    numbers.frombytes(descriptors[0][2])
-    talk = Talk(socket.socket(fileno=numbers[0]))
-    try:
-        talk.say(taken=os.getpid())
-        talk.hear()
-    except Gone:
-        return
-    order = json.loads(raw)
+    order, descriptor = received
     if order["do"] == "stop":
-        _prctl(_PR_SET_NAME, b"ublkd-hand")
-        talk.say(**_answer(order, ring))
+        _be_hand(order, Talk(socket.socket(fileno=descriptor)), ring)
         return
     if not isinstance(ring, int):
         ring.close()
-    _prctl(_PR_SET_NAME, b"ublkd-command")
-    Supervisor(order, talk).run()
+    if order["do"] == "run":
+        _be_supervisor(order, Talk(socket.socket(fileno=descriptor)))
+    elif order["do"] == "nurse":
+        _be_heir(order, socket.socket(fileno=descriptor))
+    else:
+        _become_program(order["argv"], descriptor)
+
+
+def _receive(orders: socket.socket) -> tuple[dict[str, Any], int] | None:
+    """The next order and its descriptor; None: the daemon has gone, or sees its other end closed."""
+    space = socket.CMSG_SPACE(4)
+    try:
+        raw, descriptors, flags, _ = orders.recvmsg(MOST_ORDER, space, socket.MSG_CMSG_CLOEXEC)
+    except ConnectionError:  # told once, and before the orders that were given before the end
+        raw, descriptors, flags, _ = orders.recvmsg(MOST_ORDER, space, socket.MSG_CMSG_CLOEXEC)
+    if len(descriptors) != 1 or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+        return None
+    numbers = array.array("i")
+    numbers.frombytes(descriptors[0][2])
+    return json.loads(raw), numbers[0]
+
+
+def _is_told_to_go(talk: Talk) -> bool:
+    talk.say(taken=os.getpid())
+    try:
+        talk.hear()
+    except Gone:
+        return False
+    return True
+
+
+def _be_hand(order: dict[str, Any], talk: Talk, ring: WaitingRing | int) -> None:
+    if _is_told_to_go(talk):
+        _prctl(_PR_SET_NAME, b"ublkd-hand")
+        talk.say(**_answer(order, ring))
+
+
+def _be_supervisor(order: dict[str, Any], talk: Talk) -> None:
+    if _is_told_to_go(talk):
+        _prctl(_PR_SET_NAME, b"ublkd-command")
+        Supervisor(order, talk).run()
+
+
+def _be_heir(order: dict[str, Any], orders: socket.socket) -> None:
+    """Take a dead nursery's place, on an order socket of its own."""
+    _prctl(_PR_SET_NAME, b"ublkd-nursery")
+    if order["lock"]:
+        _lock_memory(orders, _MCL_CURRENT | _MCL_FUTURE)
+    Talk(orders).say(nursery=os.getpid())
+    Nursery(orders, order["spares"], lock=order["lock"]).run()
+
+
+def _become_program(argv: list[str], stdin: int) -> NoReturn:
+    """Execute a program of the daemon's. Its stdin is closed when it has ended, or cannot be executed."""
+    complaints = os.dup(2)  # not the program's: whoever reads them may wait for the last one who has them open
+    try:
+        null = os.open("/dev/null", os.O_RDWR)
+        _prepare(stdin, null, null)
+        os.execve(argv[0], argv, os.environ)  # noqa: S606 - no shell, by promise
+    except OSError as error:
+        os.write(complaints, f"{argv[0]} cannot be executed: {error.strerror}\n".encode(errors="replace"))
+    finally:
+        os._exit(127)
 
 
 def _ring_or_errno() -> WaitingRing | int:
@@ -331,9 +393,13 @@ class Supervisor:
         self._tail = b""
         self._bytes = 0
         self._reader = -1
-        self._pid = 0
+        self._pid = 0  # until it is reaped, so that nobody else can get it
+        self._exec = -1  # says what came of the exec; open as long as it lasts
+        self._is_started = False
+        self._is_given_up = False
         self._kept = False
-        self._limit: float | None = None  # when to end it all; only without a daemon
+        self._time_is_over = 0.0  # when the order's own time limit is
+        self._limit: float | None = None  # when to end it all; only when no daemon cares
         self._ending: Ending | None = None
         self._poll = select.poll()
 
@@ -341,43 +407,51 @@ class Supervisor:
         """Until no descendant is left, and nobody to write to the pipe; with `keep`, the latter only."""
         _prctl(_PR_SET_CHILD_SUBREAPER, 1)
         deaths = _notice_deaths()
-        began = time.monotonic()
-        if not self._start():
+        self._time_is_over = time.monotonic() + self._order["timeout"]
+        try:
+            self._pid, self._exec, self._reader = begin_command(self._order)
+        except OSError as error:
+            self._say_trouble(error.errno or errno.EIO, "fork")
             return
-        self._poll.register(deaths, select.POLLIN)
-        self._poll.register(self._reader, select.POLLIN)
         assert self._talk  # noqa: S101 - for the type checker
-        self._poll.register(self._talk, select.POLLIN)
+        for each in (deaths, self._exec, self._reader, self._talk.fileno()):
+            self._poll.register(each, select.POLLIN)
         while not self._is_over():
             for fd, _ in self._poll.poll(self._wait()):
                 if fd == deaths:
                     os.read(deaths, _CHUNK)
+                elif fd == self._exec:
+                    self._note_exec()
                 elif fd == self._reader:
                     self._read()
                 elif self._talk and fd == self._talk.fileno():
-                    self._obey(self._talk, began + self._order["timeout"])
+                    self._obey(self._talk)
             self._reap()
             self._press_on()
 
-    def _start(self) -> bool:
-        self._reader, writer = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(self._reader, False)
-        try:
-            self._pid = start_command(self._order, writer)
-        except OSError as error:
-            self._say(trouble=error.strerror, errno=error.errno, step=error.filename)
-            return False
-        finally:
-            os.close(writer)
-        self._say(started=self._pid)
-        return True
+    def _note_exec(self) -> None:
+        """It has succeeded or failed; or the command died in it, and its death tells the rest."""
+        failure = os.read(self._exec, 4096)
+        self._poll.unregister(self._exec)
+        os.close(self._exec)
+        self._exec = -1
+        if failure:
+            number, step = json.loads(failure)
+            self._say_trouble(number, step)
+        elif not self._is_given_up:
+            self._is_started = True
+            self._time_is_over = time.monotonic() + self._order["timeout"]
+            self._say(started=self._pid)
 
     def _say(self, **message: object) -> None:
         if self._talk:
             self._talk.say(**message)
 
+    def _say_trouble(self, number: int, step: str) -> None:
+        self._say(trouble=os.strerror(number), errno=number, step=step)
+
     def _is_over(self) -> bool:
-        if self._reader >= 0:
+        if self._reader >= 0 or self._exec >= 0:
             return False
         return self._kept or not has_children()
 
@@ -388,41 +462,58 @@ class Supervisor:
             times.append(self._ending.next_at)
         return max(0.0, min(times) - time.monotonic()) * 1000 + 1 if times else None
 
-    def _obey(self, talk: Talk, limit: float) -> None:
+    def _obey(self, talk: Talk) -> None:
         try:
             word = talk.hear()
         except Gone:
             self._poll.unregister(talk)
             talk.close()
             self._talk = None
-            if not self._kept and not self._ending:
-                self._limit = limit
+            if self._exec >= 0:
+                self._give_up()
+            else:
+                self._leave()
             return
         if word["do"] == "keep":
             self._keep()
+        elif word["do"] == "leave":
+            self._leave()
+        elif word["do"] == "give up":
+            self._give_up()
         elif word["do"] == "who":
-            self._say(serves=may_serve(self._order["dev_id"]))
-        elif word["do"] == "end" and not self._ending:
+            self._say(serves=may_serve(self._order["dev_id"], self._order["char_major"]))
+        elif word["do"] == "end":
             self._end(word["within"], self._order["dev_id"])
 
     def _keep(self) -> None:
         self._kept = True
         self._limit = self._ending = None
 
+    def _leave(self) -> None:
+        if not self._kept and not self._ending:
+            self._limit = self._time_is_over
+
+    def _give_up(self) -> None:
+        """It was never to run: end what hangs in its exec, and what has started since the daemon said so."""
+        self._is_given_up = True
+        if self._exec >= 0 and self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+        self._end(_LAST_EFFORT, None)
+
     def _end(self, within: float, own_device: int | None) -> None:
         self._kept = False
-        self._ending = Ending(within, own_device)
+        self._limit = None
+        self._ending = Ending(within, own_device, self._order["char_major"])
 
     def _press_on(self) -> None:
         now = time.monotonic()
         if self._limit is not None and now >= self._limit:
-            self._limit = None
             self._end(_LAST_EFFORT, None)
         if self._ending and (self._ending.next_at <= now or not has_children()):
             left = self._ending.press_on(now)
             if left is not None:
                 self._tell_what_is_left(left)
-                self._kept = bool(left)
+                self._kept = self._ending.has_spared
                 self._ending = None
 
     def _tell_what_is_left(self, left: str) -> None:
@@ -430,7 +521,7 @@ class Supervisor:
             self._talk.say(left=left)
             return
         line = (
-            f"the recovery command of ublk{self._order['dev_id']} outlived its time and the daemon: {left or 'ended'}\n"
+            f"the recovery command of ublk{self._order['dev_id']} outlived its time or the daemon: {left or 'ended'}\n"
         )
         with contextlib.suppress(OSError):
             if select.select([], [2], [], 0)[1]:  # a server must not wait for whoever reads this
@@ -461,8 +552,11 @@ class Supervisor:
             if pid == 0:
                 return
             if pid == self._pid:
+                if self._exec >= 0:
+                    self._note_exec()
                 self._pid = 0
-                self._report(os.waitstatus_to_exitcode(status))
+                if self._is_started:
+                    self._report(os.waitstatus_to_exitcode(status))
 
     def _report(self, status: int) -> None:
         for _ in range(16):  # what it wrote before it died; others may go on writing
@@ -474,10 +568,12 @@ class Supervisor:
 class Ending:
     """SIGTERM to every descendant, then SIGKILL until none is left or the time is over."""
 
-    def __init__(self, within: float, own_device: int | None) -> None:
+    def __init__(self, within: float, own_device: int | None, char_major: int | None) -> None:
         now = time.monotonic()
         self.next_at = now
+        self.has_spared = False  # somebody who may serve a device
         self._own_device = own_device
+        self._char_major = char_major
         self._kill_at = now + min(_TERM_GRACE, within / 2)
         self._until = now + within
         self._asked = False
@@ -492,7 +588,10 @@ class Ending:
     def _step(self, now: float) -> str | None:
         if not has_children():
             return ""
-        if who := who_serves(self._own_device):  # before each round: it may have been opened meanwhile
+        if who := who_serves(
+            self._own_device, self._char_major
+        ):  # before each round: it may have been opened meanwhile
+            self.has_spared = True
             return who
         if now >= self._until:
             return still_there()
@@ -515,29 +614,26 @@ def _notice_deaths() -> int:
     return reader
 
 
-def start_command(order: dict[str, Any], output: int) -> int:
-    """Its pid, once the exec has succeeded; OSError, whose filename is the step that failed."""
+def begin_command(order: dict[str, Any]) -> tuple[int, int, int]:
+    """Its pid, what tells of its exec, and its output. The first is at its end when the exec has succeeded."""
     # A fork of a process this small: the C library's spawn can neither change the user nor the directory everywhere.
-    reader, writer = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
-    if pid == 0:
-        _become_command(order, output, writer)
-    os.close(writer)
+    reader, output = os.pipe2(os.O_CLOEXEC)
+    told, failure = os.pipe2(os.O_CLOEXEC)
     try:
-        failure = os.read(reader, 4096)
+        pid = os.fork()
+        if pid == 0:
+            _become_command(order, output, failure)
     finally:
-        os.close(reader)
-    if failure:
-        os.waitpid(pid, 0)
-        number, step = json.loads(failure)
-        raise OSError(number, os.strerror(number), step)
-    return pid
+        os.close(output)
+        os.close(failure)
+    os.set_blocking(reader, False)
+    return pid, told, reader
 
 
 def _become_command(order: dict[str, Any], output: int, failure: int) -> NoReturn:
     step = "prepare"
     try:
-        _prepare(output)
+        _prepare(os.open("/dev/null", os.O_RDWR), output, output)
         step = "change to the user"
         if order["uid"] is not None:
             os.setgroups(order["groups"])
@@ -568,13 +664,12 @@ def _execute(argv: list[str], environment: dict[str, str]) -> NoReturn:
     raise failure
 
 
-def _prepare(output: int) -> None:
+def _prepare(*stdio: int) -> None:
     os.setsid()
     os.chdir("/")
     os.umask(0o022)
-    os.dup2(os.open("/dev/null", os.O_RDWR), 0)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    for number, descriptor in enumerate(stdio):
+        os.dup2(descriptor, number)
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(number, signal.SIG_DFL)
@@ -643,42 +738,67 @@ def _stat(pid: int) -> list[str]:
         return []
 
 
-def who_serves(own_device: int | None) -> str:
+def who_serves(own_device: int | None, char_major: int | None) -> str:
     """A sentence on the first descendant that has, or may have, a char device open that is not the given one's."""
     for pid in descendants():
         try:
-            devices = open_char_devices(pid)
+            devices = open_char_devices(pid, char_major)
         except OSError as error:
             return f"{_named(pid)} is left alone: its open files cannot be read: {error.strerror}"
         for device in sorted(devices):
-            if own_device is None or device != f"{_CHAR_DEVICE}{own_device}":
-                return f"{_named(pid)} is left alone: it has {device} open"
+            if device != own_device:
+                return f"{_named(pid)} is left alone: it has {_CHAR_DEVICE}{device} open"
     return ""
 
 
-def may_serve(device: int) -> bool:
+def may_serve(device: int, char_major: int | None) -> bool:
     """Whether a descendant has this device's char node open; also when that cannot be told."""
     try:
-        return any(f"{_CHAR_DEVICE}{device}" in open_char_devices(pid) for pid in descendants())
+        return any(device in open_char_devices(pid, char_major) for pid in descendants())
     except OSError:
         return True
 
 
-def open_char_devices(pid: int) -> set[str]:
-    """What a process has open of ublk's char devices. By thread: a leader that has exited shows no descriptors."""
-    found: set[str] = set()
+def open_char_devices(pid: int, char_major: int | None) -> set[int]:
+    """The devices whose char nodes a process has open. By thread: a leader that has exited shows no descriptors.
+
+    `char_major`: of those nodes; None: only their names tell.
+    """
+    found: set[int | None] = set()
     for thread in _list(f"/proc/{pid}/task"):
         table = f"/proc/{pid}/task/{thread}/fd"
         for descriptor in _list(table):
+            path = f"{table}/{descriptor}"
             try:
-                link = os.readlink(f"{table}/{descriptor}")
+                link = os.readlink(path)
+                found.add(_named_by(link))
+                if char_major is not None and link.startswith("/"):
+                    found.add(_numbered_by(path, char_major))
             except OSError as error:
                 if error.errno not in _VANISHED:
                     raise
-                continue
-            if link.startswith(_CHAR_DEVICE):
-                found.add(link.removesuffix(" (deleted)"))
-    return found
+    return {device for device in found if device is not None}
+
+
+def _named_by(link: str) -> int | None:
+    """The device that a char node of this name is of."""
+    prefix, _, number = link.removesuffix(" (deleted)").rpartition("/")[2].partition(_CHAR_NAME)
+    return int(number) if not prefix and number.isascii() and number.isdigit() else None
+
+
+def _numbered_by(path: str, char_major: int) -> int | None:
+    """The device that the file behind a link is the char node of. No server of a file system is asked."""
+    if _statx is None:
+        found = os.stat(path)
+        mode, major, minor = found.st_mode, os.major(found.st_rdev), os.minor(found.st_rdev)
+    else:
+        answer = ctypes.create_string_buffer(_STATX_SIZE)
+        if _statx(_AT_FDCWD, path.encode(), _AT_NO_AUTOMOUNT | _AT_STATX_DONT_SYNC, _STATX_TYPE, answer):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        places = (_STX_MODE, _STX_RDEV_MAJOR, _STX_RDEV_MINOR)
+        mode, major, minor = (int.from_bytes(answer.raw[place], sys.byteorder) for place in places)
+    return minor if stat.S_ISCHR(mode) and major == char_major else None
 
 
 def _list(directory: str) -> list[str]:

@@ -64,12 +64,13 @@ class Outlet(logging.handlers.QueueHandler):
         except queue.Full:
             self.dropped += 1
 
-    def drain(self, deadline: float) -> None:
-        """Wait until everything is written, for so many seconds at most."""
+    def drain(self, deadline: float) -> bool:
+        """Wait until everything is written, for so many seconds at most; whether it is."""
         until = time.monotonic() + deadline
         with self._lines.all_tasks_done:
             while self._lines.unfinished_tasks and (left := until - time.monotonic()) > 0:
                 self._lines.all_tasks_done.wait(left)
+            return not self._lines.unfinished_tasks
 
     def _write(self) -> None:
         while True:

@@ -2,7 +2,9 @@
 
 Rules:
 1. Nothing here waits for the disk: it is a child's (writer.py), which may hang, die, or answer with trouble. There is
-   never a second one beside one that hangs. This process never opens the journal's directory.
+   never a second one beside one that hangs. This process never opens the journal's directory, and executes a writer
+   itself only at its start: whoever executes a program waits for the disk that it is on. Later ones are `spawn`'s to
+   start, and known by their socket alone: the kernel says who sent their first message, and its end means their end.
 2. Everything is bounded: the tail that is kept for readers, what waits to be written, the state, and each event. What is
    lost is counted, told, and, when the disk takes writes again, itself an event.
 3. An event's seq is microseconds since the epoch, made strictly increasing, so that it needs no disk to be given. It makes
@@ -20,7 +22,11 @@ import errno
 import itertools
 import json
 import math
+import os
+import select
+import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -29,11 +35,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from duende_ublkd.core.errors import DuendeError
 from duende_ublkd.core.model import Event, EventKind, Level
 from duende_ublkd.core.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Callable, Collection, Iterable
+    from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
 
 TAIL = 1000  # records for readers
 MOST_WAITING = 5000  # events that are not written yet
@@ -56,6 +63,8 @@ _PACKETS_AT_ONCE = 16
 _READS = 8  # unanswered ones; a hung disk would gather more without end
 _LONGEST_PAUSE = 30.0
 _LOOK_AT_THE_DEAD = 0.05  # seconds from a writer's socket closing to its status being there, generously
+_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+_SCM_CREDENTIALS = 2  # the socket module has no name for it
 _PROGRAM = Path(__file__).with_name("writer.py")
 
 NO_ANSWER = "the journal's disk does not answer"
@@ -109,26 +118,88 @@ _left_behind: list[subprocess.Popen[bytes]] = []
 """Writers that hang. Nobody waits for them, and a Popen that is collected before its child has ended complains."""
 
 
-class _Writer:
-    """The child and the socket to it. Raises OSError when it cannot be started."""
+class _Process:
+    """The writer as a process: a child of ours, or, without a Popen, of somebody else's."""
 
-    def __init__(self, arguments: Iterable[str]) -> None:
+    def __init__(self, popen: subprocess.Popen[bytes] | None) -> None:
+        self.popen = popen
+        self.pid = popen.pid if popen else None
+        self._pidfd = -1
+
+    def is_of(self, pid: int) -> None:
+        """The first message told who it is. One that has ended meanwhile stays unknown."""
+        if self.pid is None:
+            with contextlib.suppress(OSError):
+                self._pidfd = os.pidfd_open(pid)
+                self.pid = pid
+
+    def has_ended(self) -> bool:
+        """Whether nothing of it runs any more; asked when its socket is closed, which is all that an unknown one has."""
+        if self.popen:
+            return self.popen.poll() is not None
+        return self._pidfd < 0 or bool(select.select([self._pidfd], [], [], 0)[0])
+
+    @property
+    def how_it_ended(self) -> str:
+        """In brackets; empty: nobody can tell."""
+        status = self.popen.poll() if self.popen else None
+        if status is None:
+            return ""
+        return f" (killed by signal {-status})" if status < 0 else f" (exit status {status})"
+
+    def kill(self) -> None:
+        """A child of somebody else's is killed by its pidfd, which never means another."""
+        if self.popen:
+            self.popen.kill()
+        elif self._pidfd >= 0:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def forget(self) -> None:
+        """Nobody asks any more."""
+        if self._pidfd >= 0:
+            os.close(self._pidfd)
+            self._pidfd = -1
+        if self.popen and self.popen.poll() is None:
+            _left_behind.append(self.popen)
+
+
+class _Writer:
+    """The program and the socket to it. Raises OSError or DuendeError when it cannot be started."""
+
+    def __init__(
+        self, arguments: Iterable[str], spawn: Callable[[Sequence[str], int], subprocess.Popen[bytes] | None]
+    ) -> None:
         self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
-                self.process = subprocess.Popen(  # noqa: S603 - our own file
-                    [sys.executable, "-I", "-S", str(_PROGRAM), *arguments],
-                    stdin=theirs.fileno(),
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,  # not ours: whoever reads it may wait for the last one who has it open
-                    cwd="/",
-                )
+                self.socket.setblocking(False)
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+                popen = spawn([sys.executable, "-I", "-S", str(_PROGRAM), *arguments], theirs.fileno())
             except BaseException:
                 self.socket.close()
                 raise
-        self.socket.setblocking(False)
+        self.process = _Process(popen)
         with contextlib.suppress(OSError):  # a packet fits the default, unless somebody has lowered it
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * _PACKET)
+
+    def receive(self) -> bytes:
+        """The next packet; empty: the writer has closed its end. OSError, BlockingIOError among them."""
+        packet, told, _, _ = self.socket.recvmsg(_PACKET, socket.CMSG_SPACE(_CREDENTIALS.size))
+        for level, kind, data in told if packet else ():
+            if (level, kind) == (socket.SOL_SOCKET, _SCM_CREDENTIALS):
+                self.process.is_of(_CREDENTIALS.unpack(data)[0])
+        return packet
+
+
+def _execute(argv: Sequence[str], stdin: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(  # noqa: S603 - our own file
+        argv,
+        stdin=stdin,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,  # not ours: whoever reads it may wait for the last one who has it open
+        cwd="/",
+    )
 
 
 class Store:
@@ -145,8 +216,12 @@ class Store:
         clock: Callable[[], float] = time.time,
         answer_within: float = 5.0,
         first_pause: float = 1.0,
+        spawn: Callable[[Sequence[str], int], None] | None = None,
     ) -> None:
-        """`answer_within`: seconds until a silent disk is trouble. `first_pause`: before the first try after trouble."""
+        """`answer_within`: seconds until a silent disk is trouble. `first_pause`: before the first try after trouble.
+
+        `spawn(argv, stdin)`: starts every writer but the first, and never waits; OSError or DuendeError: it cannot.
+        """
         self._arguments = (directory, str(max_age), str(max_bytes))
         self._directory = directory
         self._on_trouble = on_trouble
@@ -154,6 +229,8 @@ class Store:
         self._clock = clock
         self._answer_within = answer_within
         self._first_pause = first_pause
+        self._spawn = spawn
+        self._was_started = False
         self._loop = asyncio.get_running_loop()
         self._opened = False
         self._tail: deque[Record] = deque(maxlen=TAIL)
@@ -173,7 +250,7 @@ class Store:
         self._trouble = ""
         self._trouble_since = 0.0
         self._writer: _Writer | None = None
-        self._dying: subprocess.Popen[bytes] | None = None
+        self._dying: _Process | None = None
         self._is_open = False
         self._outbox: deque[bytes] = deque()
         self._is_full = False  # the socket; the loop says when it no longer is
@@ -197,7 +274,7 @@ class Store:
 
     @property
     def writer_pid(self) -> int | None:
-        """The child's, while there is one."""
+        """The writer's, while there is one and, of one that was spawned, since its first message."""
         return self._writer.process.pid if self._writer else None
 
     # --- the life of it ---------------------------------------------------------------------------------------------
@@ -229,8 +306,9 @@ class Store:
             if timer:
                 timer.cancel()
         self._forget_writer()
-        unreaped = [*_left_behind, *([self._dying] if self._dying else [])]
-        _left_behind[:] = [process for process in unreaped if process.poll() is None]
+        _left_behind[:] = [popen for popen in _left_behind if popen.poll() is None]
+        if self._dying:
+            self._dying.forget()
         self._wake()
 
     async def _finish(self) -> None:
@@ -251,7 +329,7 @@ class Store:
             while self._writer:
                 changed.clear()
                 await changed.wait()
-            while self._dying and self._dying.poll() is None:  # noqa: ASYNC110 - it has closed its socket, so it ends
+            while self._dying and not self._dying.has_ended():  # noqa: ASYNC110 - it has closed its socket, so it ends
                 await asyncio.sleep(_LOOK_AT_THE_DEAD / 10)
         finally:
             self._changed.discard(changed)
@@ -443,14 +521,18 @@ class Store:
 
     def _start_writer(self) -> bool:
         """Unless the last one has not ended yet."""
-        if self._dying and self._dying.poll() is None:
+        if self._dying and not self._dying.has_ended():
             self._fail("the journal's writer hangs while it ends")
             return False
-        self._dying = None
+        if self._dying:
+            self._dying.forget()
+            self._dying = None
+        is_first, self._was_started = not self._was_started, True
         try:
-            self._writer = _Writer(self._arguments)
-        except OSError as error:
-            self._fail(f"the journal's writer cannot be started: {error.strerror}")
+            self._writer = _Writer(self._arguments, _execute if is_first or self._spawn is None else self._spawn)
+        except (OSError, DuendeError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            self._fail(f"the journal's writer cannot be started: {why}")
             return False
         self._loop.add_reader(self._writer.socket, self._on_readable)
         return True
@@ -484,7 +566,7 @@ class Store:
             if self._writer is None:
                 return
             try:
-                packet = self._writer.socket.recv(_PACKET)
+                packet = self._writer.receive()
             except BlockingIOError:
                 return
             except OSError:
@@ -610,9 +692,11 @@ class Store:
             self._deadline = None
 
     def _kill_writer(self) -> None:
-        """Its end is noticed as any other's."""
+        """Its end is noticed as any other's. One that cannot be killed ends when it reads that nothing will come."""
         if self._writer:
             self._writer.process.kill()
+            with contextlib.suppress(OSError):  # it has ended already
+                self._writer.socket.shutdown(socket.SHUT_WR)
 
     def _note_end(self) -> None:
         """The writer has ended. What it has not answered waits still, and is sent to the next one."""
@@ -625,8 +709,7 @@ class Store:
     def _tell_end(self) -> None:
         if self._closed:
             return
-        status = self._dying.poll() if self._dying else None
-        how = "" if status is None else f" (killed by signal {-status})" if status < 0 else f" (exit status {status})"
+        how = self._dying.how_it_ended if self._dying else ""
         self._say(f"the journal's writer ended{how}; another one is started")
 
     def _forget_writer(self) -> None:

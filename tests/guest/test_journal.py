@@ -1,8 +1,10 @@
 """The journal's disk fills up, becomes read-only, hangs: decisions go on, nothing waits, and people are told."""
 
+import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,8 +15,9 @@ import pytest
 from tests.daemon_process import DaemonProcess, command
 from tests.guest.events import events
 from tests.native_server import NativeServer
-from tests.server.harness import block_device, device_info, drop_device, wait_until
+from tests.server.harness import ServerProcess, block_device, device_info, drop_device, wait_until
 
+NOBODY = 65534
 JOURNAL_ID = 30
 BACKING = Path("/tmp/journal.img")
 MOUNT = Path("/tmp/journal")
@@ -142,3 +145,64 @@ def test_a_hung_disk_keeps_nothing_from_being_done_nor_the_daemon_from_ending_an
         assert daemon.stop() == 0
     done = command("events", "--limit", "1000", "--config", str(daemon.config_path))
     assert "ublk34 deleted" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_journal_is_followed_while_it_is_written_and_read_when_nobody_writes_it() -> None:
+    with DaemonProcess("[policy]\norphan_grace = '100ms'\n") as daemon:
+        follower = subprocess.Popen(
+            [sys.executable, "-m", "duende_ublkd", "events", "--follow", "--json"], stdout=subprocess.PIPE, text=True
+        )
+        try:
+            assert follower.stdout
+            with NativeServer("--id", "37") as server:
+                server.wait_for("LIVE")
+                daemon.wait_verdict(37, "live")
+                server.kill()
+                wanted = [("verdict", "live"), ("action", "deleting it"), ("action", "ublk37 deleted")]
+                for kind, words in wanted:
+                    while True:
+                        event = json.loads(follower.stdout.readline())
+                        if (event["kind"], event["dev_id"]) == (kind, 37) and words in event["text"]:
+                            break
+        finally:
+            follower.kill()
+            follower.wait()
+            if follower.stdout:
+                follower.stdout.close()
+        assert daemon.stop() == 0
+        done = command("events", "37", "--config", str(daemon.config_path))
+        assert "ublk37 deleted" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_user_may_look_at_everything_and_hold_nothing_that_is_not_his() -> None:
+    with DaemonProcess(), NativeServer("--id", "38") as server:
+        server.wait_for("LIVE")
+        for arguments in (("hold",), ("events", "--limit", "5")):
+            done = command(*arguments, user=NOBODY, group=NOBODY, cwd="/project")
+            assert done.returncode == 0, done.stderr
+        for change in ("hold", "release"):
+            done = command(change, "38", user=NOBODY, group=NOBODY, cwd="/project")
+            assert done.returncode == 2, done.stdout + done.stderr
+            assert f"user {NOBODY} may not change ublk38" in done.stderr
+
+
+def test_the_owner_of_a_device_may_hold_it_until_he_releases_it() -> None:
+    owner = 1000
+    with (
+        DaemonProcess("[policy]\norphan_grace = '100ms'\nsetup_grace = '2s'\n") as daemon,
+        ServerProcess.start(id=39, target="null", unprivileged=True) as server,
+    ):
+        server.wait_for("after-start")
+        daemon.wait_verdict(39, "live")
+        done = command("hold", "39", "--for", "10m", user=owner, group=owner, cwd="/project")
+        assert done.returncode == 0, done.stderr
+        server.kill()
+        daemon.wait_log(r"ublk39 is orphaned: .*on hold for .* by uid 1000")
+        assert is_there(39)
+        done = command("release", "39", user=owner, group=owner, cwd="/project")
+        assert done.returncode == 0, done.stderr
+        wait_until(lambda: not is_there(39), 20, "it is deleted after its release")
+
+
+def is_there(dev_id: int) -> bool:
+    return Path(f"/sys/class/ublk-char/ublkc{dev_id}").exists()

@@ -1,10 +1,14 @@
 """Bad surroundings, each with an error that says what to type next."""
 
+import contextlib
 import ctypes
 import os
+import signal
 import socket
 import subprocess
+import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,3 +124,34 @@ def test_a_stopped_daemon_ends_within_five_seconds_and_leaves_its_log_in_order()
         daemon.wait_verdict(42, "live")
         assert daemon.stop() == 0
         assert daemon.log.splitlines()[-1].endswith("stopped")
+
+
+def test_whoever_reads_its_log_may_hang_and_it_ends_all_the_same(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(f'[daemon]\nstate_dir = "{tmp_path}/state"\n')
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    with contextlib.suppress(BlockingIOError):
+        while os.write(writer, b"x" * 4096):
+            pass
+    os.set_blocking(writer, True)
+    process = subprocess.Popen([sys.executable, "-m", "duende_ublkd", "run", "--config", str(config)], stderr=writer)
+    try:
+        wait_until(is_ready, 60, "it is ready")
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert time.monotonic() - began < 5
+    finally:
+        process.kill()
+        process.wait()
+        os.close(reader)
+        os.close(writer)
+
+
+def is_ready() -> bool:
+    try:
+        with urllib.request.urlopen("http://127.0.0.1:10116/-/ready", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
