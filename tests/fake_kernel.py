@@ -546,6 +546,10 @@ class FakeClaim:
 
     async def stop(self, _seen: Observation, may_go: Callable[[], bool]) -> None:
         kernel, instance = self._kernel, self._instance
+        was_held, was_swept = (
+            bool(instance.holders),
+            kernel.sees_everything,
+        )  # what comes later meets the kernel's own lock
         await asyncio.sleep(kernel.child_takes)
         if not may_go():
             raise DuendeError("not done: it is on hold now", hint="duende-ublkd release")
@@ -558,8 +562,8 @@ class FakeClaim:
                 and instance.unserved_since is not None
                 and now < instance.unserved_since + deadline
             ),
-            "a sweep shows who holds it": bool(instance.holders),
-            "the sweep was not complete": not kernel.sees_everything,
+            "a sweep shows who holds it": was_held,
+            "the sweep was not complete": not was_swept,
             "it is on hold": now < kernel.off_limits.get(instance.dev_id, 0.0),
             f"{instance.overdue} on it has not answered": bool(instance.overdue),
         }
@@ -679,9 +683,11 @@ class FakeCommand:
 
     @property
     def is_in_the_way(self) -> bool:
-        """It forbids another command beside it. Of what nobody can end, the next daemon cannot know."""
-        if self.is_over or (self.kept and self._has_open(any_of=self._all)):
+        """It forbids another command beside it. The next daemon cannot know of a former server, nor of what does not die."""
+        if self.is_over:
             return False
+        if self.kept:
+            return self.is_under_way and not self._has_open(any_of=self._all)
         return self.is_known or not self.is_undying
 
     @property
@@ -816,12 +822,12 @@ class FakeCommand:
         self.kernel._loop.call_later(within / 2, self._fork, status)
         self.kernel._loop.call_later(within, self.finish)
 
-    def ask_another(self, *, within: float = 0.2, status: int = 0) -> None:
+    def ask_another(self, *, within: float = 0.2, status: int = 0, exits_after: float | None = None) -> None:
         """As `systemctl start` does: the server is somebody else's child."""
         self.start()
         self.kernel._loop.call_later(within / 2, self._take, self.kernel.process())
         self.kernel._loop.call_later(within, self.finish)
-        self.kernel._loop.call_later(within / 4, self.exit, status)
+        self.kernel._loop.call_later(within / 4 if exits_after is None else exits_after, self.exit, status)
 
     def finish(self) -> None:
         """END_USER_RECOVERY by whoever has the device open."""

@@ -13,7 +13,7 @@ from duende_ublkd.core import recovery
 from duende_ublkd.core.config import Config, DaemonConfig, Match, OnOrphan, OnUnserved, Policy
 from duende_ublkd.core.config import DeviceRule as Table
 from duende_ublkd.core.model import Action, Feature, Observation, Outcome, VerdictKind
-from duende_ublkd.core.trail import OVERRUN
+from duende_ublkd.core.trail import NO_TRAIL, OVERRUN
 from duende_ublkd.deeds import MOST_RECOVERIES
 from duende_ublkd.reconcile import Agenda, Reconciler
 from tests.bench import RESYNC, Bench, Recorder, a_recovery, on_the_bench, recovering
@@ -221,6 +221,21 @@ def test_a_command_that_has_somebody_else_serve_and_exits_with_0_has_recovered_i
         bench.kernel.on_command = lambda command: command.ask_another(within=5)
         device = await bench.an_unserved_device()
         await bench.wait(600)
+        assert bench.recorder.outcomes == [Outcome.RECOVERED]
+        assert bench.verdict(device) is VerdictKind.LIVE
+
+    on_the_bench(test, SOON)
+
+
+def test_a_command_that_has_somebody_else_serve_is_waited_for_until_it_says_so_itself() -> None:
+    def serve_first_and_exit_later(command: FakeCommand) -> None:
+        command.ask_another(within=1, exits_after=5)
+
+    async def test(bench: Bench) -> None:
+        bench.kernel.on_command = serve_first_and_exit_later
+        device = await bench.an_unserved_device()
+        await bench.wait(600)
+        assert not bench.kernel.commands[0].was_ended
         assert bench.recorder.outcomes == [Outcome.RECOVERED]
         assert bench.verdict(device) is VerdictKind.LIVE
 
@@ -501,7 +516,7 @@ def test_a_command_whose_device_is_deleted_meanwhile_is_left_alone_and_so_is_the
         if second:
             assert bench.is_there(second)
             assert bench.verdict(second) is VerdictKind.LIVE
-            assert bench.reconciler.devices[second.dev_id].trail.attempts == 0
+            assert bench.reconciler.devices[second.dev_id].trail == NO_TRAIL
 
     on_the_bench(test, SOON)
 

@@ -16,7 +16,7 @@ Rules:
 3. A supervisor kills nobody who may serve a device: none of its command's processes, as soon as one has another device's
    char device open, or cannot be looked into. Whom it spares it serves on: it reads their output until nobody is left
    to write any, so that a server in the foreground neither blocks on a full pipe nor dies of a closed one.
-4. Without the daemon the order's own time limit counts, and then any open char device spares its process.
+4. Without the daemon, or left by it, the order's own time limit counts, and then any open char device spares its process.
 5. The nursery and its spares end with the daemon's end of the order socket and by nothing else (but a nursery that is
    slow to is killed): a service manager that signals the whole group would take the supervisor's pipe from a server.
    Children with an order go on. A nursery that died leaves spares that still take orders, until the daemon has seen it,
