@@ -28,6 +28,7 @@ from duende_ublkd.core.errors import (
     InterruptedCommandError,
     KernelUnavailableError,
     NoSuchDeviceError,
+    NotDoneError,
 )
 from duende_ublkd.core.model import Action, Deed, Judged, KernelState, Outcome, PassReport, VerdictKind
 from duende_ublkd.core.text import printable
@@ -230,6 +231,8 @@ class Deeds:
         except CommandOverdueError as error:
             self._ledger.note_overdue(dev_id, error.command, self._judge.clock(), of_look=False)
             detail = str(error)
+        except NotDoneError as error:
+            outcome, detail = self._spare(dev_id, str(error))
         except (DuendeError, OSError) as error:
             detail = str(error)
             self._ledger.note_failure(dev_id, detail, self._judge.clock())
@@ -338,6 +341,10 @@ class Deeds:
         self._reporter.intends(replace(device, trail=trail))
         try:
             result = await self._bring_back(device, history, trail.attempts, rule)
+        except NotDoneError as error:  # and it counts for nothing
+            self._ledger.note_trail(dev_id, history.trail)
+            self._report(Deed(dev_id, Action.RECOVER, Outcome.SPARED, str(error), self._judge.clock() - began), began)
+            return
         except UnfilledError as error:
             result = _Result(None, f"the command cannot be filled in: {error}", {})
         except (DuendeError, OSError) as error:
@@ -434,9 +441,10 @@ class Deeds:
             await asyncio.wait([end], timeout=_FIRST_GLANCE)
             now = await self._glance(seen)
             if not end.done() and now and _is_served(now):
-                command.keep()
+                command.keep()  # at once, since it is being ended; whose server it is comes after that
                 end.cancel()
-                return _Result(Outcome.RECOVERED, "at the last moment", facts)
+                by = await self._served_by(now, command, ending, over=True)
+                return by or _Result(Outcome.RECOVERED, "", facts)
         left = end.result()
         reason = f"{what}: {how}{_after(left)}" if what else f"{how}{_after(left)}"
         return _Result(None, reason, facts, is_left_alone=bool(left))

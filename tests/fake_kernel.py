@@ -26,6 +26,7 @@ from duende_ublkd.core.errors import (
     InterruptedCommandError,
     KernelUnavailableError,
     NoSuchDeviceError,
+    NotDoneError,
 )
 from duende_ublkd.core.model import (
     DevInfo,
@@ -481,7 +482,7 @@ class FakeKernel:
     def _take_order(self, command: FakeCommand, may_go: Callable[[], bool]) -> None:
         self._orders.remove(command)
         if not command.is_known or not may_go():
-            command.fail_to_start("not done: it is on hold now")
+            command.fail_to_start("not done: it is on hold now", NotDoneError)
             return
         self._insist_on_need(command.dev_id)
         command.begin()
@@ -552,7 +553,7 @@ class FakeClaim:
         )  # what comes later meets the kernel's own lock
         await asyncio.sleep(kernel.child_takes)
         if not may_go():
-            raise DuendeError("not done: it is on hold now", hint="duende-ublkd release")
+            raise NotDoneError("not done: it is on hold now", hint="duende-ublkd release")
         now, deadline = kernel._loop.time(), kernel.recovery_deadline
         reasons = {
             "it is served": instance.state == KernelState.LIVE or bool(instance.openers),
@@ -786,9 +787,9 @@ class FakeCommand:
     def start(self) -> None:
         self._started.set_result(None)
 
-    def fail_to_start(self, why: str = "") -> None:
+    def fail_to_start(self, why: str = "", kind: type[DuendeError] = DuendeError) -> None:
         self.did_not_start = True
-        self._started.set_exception(DuendeError(why or f"{self.argv[0]}: no such file", hint="see PATH"))
+        self._started.set_exception(kind(why or f"{self.argv[0]}: no such file", hint="see PATH"))
         self._started.exception()  # whoever waited for it may be gone
 
     def exit(self, status: int, output: str = "") -> None:

@@ -91,6 +91,10 @@ class InterruptedCommandError(CommandError):
     """EINTR: a cancelled wait. After DEL_DEV the device *is* deleted; only its id is still held."""
 
 
+class NotDoneError(DuendeError):
+    """It was put on hold at the last moment: nothing was done."""
+
+
 class CommandOverdueError(DuendeError):
     """A command did not answer by its deadline, nor to its cancellation. The ring still owns it."""
 

@@ -43,6 +43,7 @@ from duende_ublkd.core.errors import (
     CommandOverdueError,
     DuendeError,
     KernelUnavailableError,
+    NotDoneError,
     UsageError,
 )
 from duende_ublkd.core.text import printable
@@ -398,9 +399,9 @@ class _Hand:
         self.changed.set()
 
 
-def _on_hold(dev_id: int) -> DuendeError:
+def _on_hold(dev_id: int) -> NotDoneError:
     hint = f"duende-ublkd explain {dev_id}; to end the hold: duende-ublkd release {dev_id}"
-    return DuendeError("not done: it is on hold now", hint=hint)
+    return NotDoneError("not done: it is on hold now", hint=hint)
 
 
 class Children:

@@ -490,7 +490,9 @@ class Supervisor:
         self._limit = self._ending = None
 
     def _leave(self) -> None:
-        if not self._kept and not self._ending:
+        if self._ending:
+            self._ending.spare_all()
+        elif not self._kept:
             self._limit = self._time_is_over
 
     def _give_up(self) -> None:
@@ -577,6 +579,10 @@ class Ending:
         self._kill_at = now + min(_TERM_GRACE, within / 2)
         self._until = now + within
         self._asked = False
+
+    def spare_all(self) -> None:
+        """Nobody can tell any more whether one of them serves: whoever has a device open is spared from now on."""
+        self._own_device = None
 
     def press_on(self, now: float) -> str | None:
         """The next step: None while it lasts, then who is left and why."""

@@ -277,7 +277,7 @@ def test_somebody_who_is_quicker_than_a_slow_command_is_not_fought() -> None:
         daemon.wait_log("running its recovery command")
         with NativeServer("--recover", "3") as second:
             second.wait_for("RECOVERED")
-            daemon.wait_log(r"ublk3 is served again: a server of another's was quicker", 30)
+            daemon.wait_log(rf"ublk3 is served again: by {second.pid} \(mini_server\), not by the command", 30)
             wait_until(lambda: not pids_of("sleep"), 10, "the superfluous command is ended")
             assert second.is_running
             assert is_live(3)
