@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from duende_ublkd.core.model import Judged, PassReport
     from duende_ublkd.reconcile import Reconciler
 
-_READ_FOR = 10.0  # seconds that the first look waits for what a former daemon knew; a cold start takes a few
+_READ_FOR = 10.0
+"""Seconds until a silent disk is trouble, and that the first look waits for what a former daemon knew; a cold start takes a
+few of them."""
 _HOLDS = "holds"
 _DEVICE = "device/"
 _PACE = 1.0  # seconds between two changes of one user who is not root: each is an entry of a bounded journal
@@ -52,6 +54,7 @@ class Lasting:
             on_trouble=self._on_trouble,
             on_recovered=self._on_recovered,
             spawn=spawn,
+            answer_within=_READ_FOR,
         )
         self.journal = Journal(self.store.append)
 

@@ -136,7 +136,7 @@ def test_a_recoverable_device_is_left_alone_and_reported_unserved(daemon: Daemon
         wait_for_state(10, state)
         device = daemon.wait_verdict(10, "unserved")
         assert device["kernel_state"] == KernelState.name(state)
-        daemon.wait_log(r"ublk10 is unserved: .* without a server for over 2 s")
+        daemon.wait_log(r"ublk10 is unserved: .* without a server: .*, for over 2 s")
         assert Path("/sys/block/ublkb10").exists()
         with ServerProcess.recover(10, target="ram", size=8, backing=backing) as second:
             second.wait_for("after-recovery")
