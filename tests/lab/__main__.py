@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (shell, run, pytest, demo):
         command.add_argument("--kernel", default=kernels.names()[0], metavar="|".join(kernels.names()))
     for command in (run, pytest, demo):
-        command.add_argument("--timeout", type=float, default=1200.0, metavar="SECONDS", help="for the whole run")
+        command.add_argument("--timeout", type=float, default=3000.0, metavar="SECONDS", help="for the whole run")
     return parser
 
 
