@@ -263,7 +263,7 @@ def test_a_server_that_recovers_by_itself_meets_no_command_of_ours() -> None:
             time.sleep(5)  # the deadline itself is what is tested
             daemon.wait_verdict(3, "recovering")
             assert "recovery command" not in daemon.log
-        # The slow one has died. Up to 6.14 the kernel keeps its memory map (ub->mm), which START_USER_RECOVERY, refusing with
+        # The slow one has died. Up to 6.14 its memory map (ub->mm) stays, which START_USER_RECOVERY, refusing with
         # EINVAL, does not reset: unless the next one's happens to lie at the same place, its mmap is refused, too.
         forgets = kernel_version(os.uname().release) >= (6, 15)
         daemon.wait_log("ublk3 recovered" if forgets else "ublk3 recovered|recovery given up after 3 attempts", 60)
