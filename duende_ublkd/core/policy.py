@@ -169,9 +169,8 @@ def _without_server(seen: Observation, past: History, policy: Policy, now: float
         reason = f"{name}; {opener} has taken its char device"
         return Verdict(VerdictKind.RECOVERING, reason, look_again_in=2.0, rule="taken")
     left = policy.recovery_deadline - lasted
-    if (
-        policy.unserved is OnUnserved.RECOVER
-    ):  # a server that comes back by itself may have begun to while nobody looked
+    if policy.unserved is OnUnserved.RECOVER:
+        # A server that comes back by itself may have begun to while nobody looked.
         left = max(left, past.watched_since + min(policy.recovery_deadline, COURTESY) - now)
     if left > 0:
         reason = f"{_waiting(seen)}; {_span(policy.recovery_deadline)} to be recovered in"
