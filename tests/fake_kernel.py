@@ -344,12 +344,16 @@ class FakeKernel:
         self._notice_close(instance)
 
     def stop(self, instance: Instance) -> None:
-        """STOP_DEV by its server or its administrator."""
+        """STOP_DEV by its server or its administrator, who wait behind a STOP_DEV that hangs (ub->mutex)."""
+        if instance.overdue == "STOP_DEV":
+            return
         instance.state, instance.pid, instance.disk = KernelState.DEAD, -1, None
         self._tell(instance)
 
     def delete(self, instance: Instance) -> None:
-        """DEL_DEV_ASYNC by its server or its administrator."""
+        """DEL_DEV_ASYNC by its server or its administrator, who wait behind a STOP_DEV that hangs (ub->mutex)."""
+        if instance.overdue == "STOP_DEV":
+            return
         instance.state, instance.pid, instance.disk = KernelState.DEAD, -1, None
         instance.listed = instance.has_node = False
         self._tell(instance)
