@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 
@@ -14,6 +15,9 @@ _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 def main() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that this locale cannot write is no reason to fail
     try:
         code: int = cli.run(sys.argv[1:])
         sys.stdout.flush()

@@ -2,7 +2,9 @@
 
 Rules:
 1. The answer is the daemon's own: the same `policy_for`, asked with the same facts.
-2. Of a device that is asked about and need not be there, what is not told is not known. A name that is told is a name as
+2. Who may change the file or a program in it is part of whether it is right. An argument of a command that others may
+   change, perhaps a script, is worth a warning: what it means to the command, nobody but its author knows.
+3. Of a device that is asked about and need not be there, what is not told is not known. A name that is told is a name as
    the daemon would see it: that of a program, with the process's name cut as the kernel cuts it.
 """
 
@@ -28,13 +30,13 @@ from duende_ublkd.core.config import (
 from duende_ublkd.core.errors import ExitCode, UsageError
 from duende_ublkd.core.model import feature_names
 from duende_ublkd.core.text import printable
-from duende_ublkd.parts import read_config
+from duende_ublkd.parts import doubtful_arguments, read_config
 
 if TYPE_CHECKING:
     import argparse
     from collections.abc import Callable, Mapping, Sequence
 
-    from duende_ublkd.core.config import ChosenPolicy
+    from duende_ublkd.core.config import ChosenPolicy, Config
 
 _QUESTIONS = ("id", "server", "unit", "owner_uid", "flags")
 _MAX_UID = (1 << 32) - 2  # (uid_t)-1 means nobody
@@ -73,17 +75,32 @@ def run(options: argparse.Namespace, default_path: str, devices: Sequence[tuple[
     asked, note = _asked(options, devices)
     chosen = [(name, facts, config.policy_for(facts)) for name, facts in asked]
     tables = len(config.devices)
+    warnings = _warnings(config)
     if options.json:
         found = [_as_object(facts, choice) for _, facts, choice in chosen]
         answer = {"file": path, "ok": True, "device_tables": tables, "devices": found, "note": note or None}
-        _say(json.dumps(answer, indent=2))
+        _say(json.dumps({**answer, "warnings": warnings}, indent=2))
         return ExitCode.DONE
     _say(f"{printable(path)}: right" + (f", {tables} [[device]] table{'s' if tables > 1 else ''}" if tables else ""))
     for name, _, choice in chosen:
         _say(_in_full(name, choice) if is_question(options) else _in_short(name, choice))
+    for warning in warnings:
+        _say(f"warning: {warning}")
     if note:
         _say(f"note: {note}")
     return ExitCode.DONE
+
+
+def _warnings(config: Config) -> list[str]:
+    """One for each argument that names a file which others may change."""
+    policies = [(config.policy_source, config.policy), *((rule.source, rule.policy) for rule in config.devices)]
+    found = {
+        (policy.recover.command, index): f"{source}: recover.command[{index}]: {what}"
+        for source, policy in reversed(policies)  # one that is inherited is told of where it stands
+        if policy.recover
+        for index, what in doubtful_arguments(policy.recover)
+    }
+    return [*reversed(found.values())]
 
 
 def _asked(

@@ -21,7 +21,7 @@ from duende_ublkd.core.config import MAX_DEV_ID, Config
 from duende_ublkd.core.errors import DuendeError, ExitCode, UsageError
 from duende_ublkd.core.model import Outcome
 from duende_ublkd.kernel.control import open_control_device
-from duende_ublkd.kernel.memory import keep_threads_small, reclaim_without_io
+from duende_ublkd.kernel.memory import keep_threads_small, reclaim_without_io, spare_from_oom
 from duende_ublkd.once import ask_daemon, is_left, settle
 from duende_ublkd.parts import DEFAULT_PATH, Parts, read_config
 from duende_ublkd.reconcile import facts_of
@@ -53,8 +53,8 @@ def run(arguments: Sequence[str]) -> ExitCode:
     """Carry out one command line; raises DuendeError."""
     options = _parser().parse_args(arguments)
     command = options.command
-    if command == "check-config":
-        return _check_config(options)
+    if by_itself := _BY_THEMSELVES.get(command):
+        return by_itself(options)
     if command in planned.COMMANDS:
         return planned.run(options)
     if command == "clean" and options.now and not options.ids:
@@ -66,6 +66,7 @@ def run(arguments: Sequence[str]) -> ExitCode:
         keep_threads_small()
         if config.daemon.lock_memory:
             reclaim_without_io()  # what it cannot have, it does without
+        spare_from_oom()
         outlet = set_up_logging()
         from duende_ublkd import daemon  # noqa: PLC0415 - its imports (HTTP, metrics, udev) are heavy, and no other's
 
@@ -119,6 +120,9 @@ def _parser() -> argparse.ArgumentParser:
         "check-config", parents=[common, reader], help="is this configuration right, and which table does a device get?"
     )
     check_config.add_arguments(check)
+    commands.add_parser(
+        "doctor", parents=[common, reader], help="what of this machine keeps ublk, or the daemon, from working"
+    )
     return parser
 
 
@@ -142,6 +146,15 @@ def _check_config(options: argparse.Namespace) -> ExitCode:
         return check_config.run(options, DEFAULT_PATH, f"{error}; {error.hint}")
     present = [(f"ublk{each.device.seen.dev_id}", facts_of(each.device.seen, each.history)) for each in explanations]
     return check_config.run(options, DEFAULT_PATH, present)
+
+
+def _doctor(options: argparse.Namespace) -> ExitCode:
+    from duende_ublkd import doctor  # noqa: PLC0415 - its table and its patterns are no other's, least the daemon's
+
+    return doctor.run(options)
+
+
+_BY_THEMSELVES = {"check-config": _check_config, "doctor": _doctor}  # they say what is wrong with a configuration
 
 
 async def _look(config: Config, dev_id: int | None) -> list[present.Explanation]:

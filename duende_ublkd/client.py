@@ -71,6 +71,11 @@ class DaemonClient:
         """
         return self._ask("GET", path, None, trusted=trusted)
 
+    def get_text(self, path: str, *, trusted: bool = False) -> tuple[int, str]:
+        """The status and the text of a page that is not JSON. DuendeError: there is no answer."""
+        status, data = self._exchange("GET", path, None, trusted=trusted)
+        return status, data.decode(errors="replace")
+
     def post(self, path: str, body: Mapping[str, object]) -> Any:  # noqa: ANN401 - JSON
         """Have something changed; raises as `get` does, and NotAllowedError."""
         return self._ask("POST", path, json.dumps(body).encode())
@@ -92,6 +97,12 @@ class DaemonClient:
             connection.close()
 
     def _ask(self, method: str, path: str, body: bytes | None, *, trusted: bool = False) -> Any:  # noqa: ANN401 - JSON
+        status, data = self._exchange(method, path, body, trusted=trusted)
+        if status != http.client.OK:
+            _raise_error(status, data)
+        return _parse(data)
+
+    def _exchange(self, method: str, path: str, body: bytes | None, *, trusted: bool) -> tuple[int, bytes]:
         connection = _UnixConnection(self._path, _ANSWER_FOR)
         try:
             if trusted:
@@ -99,14 +110,11 @@ class DaemonClient:
                 _check_listener(connection.sock, self._path)
             connection.request(method, path, body, {"Content-Type": "application/json"} if body else {})
             with contextlib.closing(connection.getresponse()) as response:
-                status, data = response.status, _read_all(response)
+                return response.status, _read_all(response)
         except (OSError, http.client.HTTPException) as error:
             raise _lost(error) from error
         finally:
             connection.close()
-        if status != http.client.OK:
-            _raise_error(status, data)
-        return _parse(data)
 
 
 class _UnixConnection(http.client.HTTPConnection):

@@ -9,6 +9,7 @@ then the ring, and the journal last.
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import os
 import signal
@@ -19,9 +20,12 @@ from typing import TYPE_CHECKING
 from duende_ublkd import __version__
 from duende_ublkd.core.errors import DuendeError, KernelUnavailableError
 from duende_ublkd.core.model import EventKind, Level
+from duende_ublkd.core.text import printable
 from duende_ublkd.kernel.control import open_control_device
-from duende_ublkd.kernel.memory import lock_memory, locked_bytes
-from duende_ublkd.kernel.process import SoleDaemon, run_directory, tell_service_manager
+from duende_ublkd.kernel.memory import keep_what_is_there, lock_memory, locked_bytes
+from duende_ublkd.kernel.process import SoleDaemon, run_directory, tell_service_manager, watchdog_patience
+from duende_ublkd.kernel.ring import CANCEL_GRACE
+from duende_ublkd.kernel.selfwatch import SelfWatch, longest_look
 from duende_ublkd.kernel.servers import DeathWatch
 from duende_ublkd.kernel.udev import NodeWatch, Uevents
 from duende_ublkd.lasting import Lasting
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
 
     from duende_ublkd.core.config import Address, Config
     from duende_ublkd.core.holds import Hold
-    from duende_ublkd.core.model import Judged, PassReport
+    from duende_ublkd.core.model import Judged, PassReport, Process
     from duende_ublkd.report.store import Record
 
 _LAST_WORDS = 0.5  # seconds that the journal has for what is not written yet
@@ -55,7 +59,7 @@ class Daemon:
         self._stop = asyncio.Event()
         self._ready = False
         self._metrics = Metrics()
-        self._lasting = Lasting(config, directory, self._spawn)
+        self._lasting = Lasting(config, directory, self._spawn, self._watch_former)
         self._journal = self._lasting.journal
         self._parts = Parts(
             config,
@@ -69,6 +73,10 @@ class Daemon:
             locked=locked_bytes,
             store=self._lasting.store,
             holds=lambda: self.holds,
+            lag=lambda: self._watch.lag,
+        )
+        self._watch = SelfWatch(
+            self._parts.ring.nop, patience=watchdog_patience(), status=self._status, note=self._note
         )
         self._agenda = self._parts.agenda
         self._web: WebServer | None = None
@@ -139,6 +147,9 @@ class Daemon:
     def _spawn(self, argv: Sequence[str], stdin: int) -> None:
         self._parts.children.spawn(argv, stdin)
 
+    def _watch_former(self, dev_id: int, hand: Process) -> bool:
+        return self._parts.children.watch_former(dev_id, hand)
+
     async def _close_servers(self) -> None:
         await asyncio.gather(*(server.close() for server in (self._web, self._local) if server))
 
@@ -147,9 +158,11 @@ class Daemon:
         uevents = Uevents(self)
         self._parts.kernel.saw_disk = uevents.saw_disk
         self._take_signals()
+        self._watch.start(self._agenda.fail)
         try:
             await self._look_until_stopped()
         finally:
+            self._watch.close()
             uevents.close()
             self._nodes.close()
             self._deaths.close()
@@ -159,7 +172,7 @@ class Daemon:
             return
         count = len(self.devices)
         self._note(Level.INFO, f"duende-ublkd {__version__} looks after {count} device{'' if count == 1 else 's'}")
-        tell_service_manager("READY=1")
+        tell_service_manager(f"READY=1\nSTATUS={self._status()}")
         while not await self._unless_stopped(self._look_once()):
             pass
 
@@ -178,7 +191,7 @@ class Daemon:
         return self._stop.is_set()
 
     async def _look_first(self) -> None:
-        first = await self._parts.reconciler.run_pass(None)
+        first = await self._look(None)
         if first.trouble:
             raise KernelUnavailableError(first.trouble, hint=first.hint)
         self._lasting.forget_the_gone()
@@ -187,10 +200,24 @@ class Daemon:
 
     async def _look_once(self) -> None:
         dev_ids = await self._agenda.next()
-        await self._parts.reconciler.run_pass(dev_ids)
+        await self._look(dev_ids)
         if dev_ids is None:
             self._agenda.later(None, self._config.daemon.resync_interval)
             self._keep_children()
+
+    async def _look(self, dev_ids: set[int] | None) -> PassReport:
+        longest = longest_look(self._config.daemon.command_deadline, CANCEL_GRACE)
+        self._watch.look_began(longest)
+        report = await self._parts.reconciler.run_pass(dev_ids)
+        self._watch.look_ended(self._config.daemon.resync_interval + longest)
+        return report
+
+    def _status(self) -> str:
+        """For `systemctl status`: one line."""
+        if self._trouble:
+            return printable(self._trouble)
+        counts = collections.Counter(device.verdict.kind.value for device in self.devices.values())
+        return ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())) or "no ublk devices"
 
     def _keep_children(self) -> None:
         """Should they have died, and none of them taken the place of the dead: others, before they are needed."""
@@ -252,6 +279,7 @@ class Daemon:
 
     def _lock_memory(self) -> None:
         """Before the first look, and with everything imported. A daemon that may be swapped out is better than none."""
+        keep_what_is_there()
         if not self._config.daemon.lock_memory:
             return
         try:

@@ -13,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 
     from duende_ublkd.core.config import Policy, Recovery
     from duende_ublkd.core.ledger import History, Ledger
-    from duende_ublkd.core.model import DevInfo, DriverFacts, Observation, Server, Usage, Verdict
+    from duende_ublkd.core.model import DevInfo, DriverFacts, Observation, Process, Server, Usage, Verdict
     from duende_ublkd.core.policy import Traits
     from duende_ublkd.core.trail import Trail
 
@@ -48,9 +49,12 @@ Rdevs = frozenset[tuple[int, int]]
 CONFIRM_FOR = 0.5
 """Seconds to wait for the id to become free; without a holder it takes some milliseconds."""
 MOST_DELETIONS = 64
-"""Under way at once: each takes a descriptor, and its turn at the driver's mutex by its deadline."""
+"""Under way at once: each takes a descriptor."""
 MOST_RECOVERIES = 8
 """Under way at once: each is a program of somebody's, on a machine that has lost a disk."""
+_MOST_SENT = min(4, 2 * (os.cpu_count() or 1))
+"""DEL_DEVs in the kernel at once. They take one mutex for all devices (ublk_ctl_mutex), and should that be stuck, each keeps
+one of the 4 x CPUs workers of io-wq that every other command needs."""
 _FIRST_CONFIRM = 0.001
 _SPARED_PAUSE = 1.0
 _FIRST_GLANCE = 0.02  # seconds between two questions whether a device is served again; grows
@@ -63,10 +67,10 @@ class Claim(Protocol):
     async def look_again(self) -> Observation | None:
         """Look once more at what the claim pins; None: the id is free."""
 
-    async def stop(self, seen: Observation, may_go: Callable[[], bool]) -> None:
+    async def stop(self, seen: Observation, may_go: Callable[[Process | None], bool]) -> None:
         """Stop a device without a server, which fails its waiting I/O. HeldError: somebody holds its disk.
 
-        DuendeError: `may_go`, asked at the last moment, said no.
+        DuendeError: `may_go` said no. It is asked before a child begins, and at the last moment with that child's process.
         """
 
     async def delete(self, info: DevInfo) -> None:
@@ -129,6 +133,9 @@ class Kernel(Protocol):
 
     async def look_for_users(self, seen: Collection[Observation], remembered: Mapping[int, Rdevs]) -> dict[int, Usage]:
         """Who has these devices open, and who holds their disks."""
+
+    async def look_for_stuck(self) -> tuple[str, ...]:
+        """Who sleeps in the kernel on some ublk device's account: a sentence each."""
 
     def claim(self, seen: Observation) -> AbstractContextManager[Claim]:
         """Hold a device exclusively; BusyError, NoSuchDeviceError."""
@@ -197,6 +204,7 @@ class Deeds:
         self._reporter = reporter
         self._judge = judge
         self._deletions = asyncio.Semaphore(MOST_DELETIONS)
+        self._sent_deletions = asyncio.Semaphore(_MOST_SENT)
         self._recoveries = asyncio.Semaphore(MOST_RECOVERIES)
 
     async def delete(self, device: Judged) -> None:
@@ -255,10 +263,8 @@ class Deeds:
                     return Outcome.ALREADY_GONE, "somebody else deleted it"
                 if again.info and again.info.state != KernelState.DEAD:
                     return await self._stop(device, claim, again)
-                reason = self._why_not(device, replace(again, usage=device.seen.usage))
-                if reason or again.info is None:
-                    return self._spare(dev_id, reason)
-                await claim.delete(again.info)
+                if outcome := await self._send_deletion(device, claim, replace(again, usage=device.seen.usage)):
+                    return outcome
         except BusyError:
             reason = "somebody has opened its char device"
             if device.verdict.kind is VerdictKind.UNSERVED:  # a new server: a claim must not hinder it again and again
@@ -268,9 +274,19 @@ class Deeds:
             return Outcome.SPARED, reason
         except NoSuchDeviceError:
             return Outcome.ALREADY_GONE, "somebody else deleted it"
-        except InterruptedCommandError as error:
-            return Outcome.DELETED_STILL_HELD, error.meaning
         return await self._confirm(device.seen)
+
+    async def _send_deletion(self, device: Judged, claim: Claim, again: Observation) -> tuple[Outcome, str] | None:
+        """The last word before the command, in its turn; None: it is done, and the id to be looked at."""
+        async with self._sent_deletions:
+            reason = self._why_not(device, again)
+            if reason or again.info is None:
+                return self._spare(again.dev_id, reason)
+            try:
+                await claim.delete(again.info)
+            except InterruptedCommandError as error:  # of any other command it says nothing of the kind
+                return Outcome.DELETED_STILL_HELD, error.meaning
+        return None
 
     def _spare(self, dev_id: int, reason: str) -> tuple[Outcome, str]:
         self._ledger.note_pause(dev_id, reason, self._judge.clock() + _SPARED_PAUSE)
@@ -285,13 +301,29 @@ class Deeds:
         if reason := self._why_not(device, again):
             return self._spare(again.dev_id, reason)
         try:
-            await claim.stop(again, lambda: not self._judge.is_held(again))
+            await claim.stop(again, lambda hand: self._may_stop(again, hand))
+        except CommandOverdueError:
+            raise  # whoever was told to stop it may still be at it
         except HeldError as error:
             self._ledger.note_failure(again.dev_id, error.meaning, self._judge.clock())
-            return Outcome.SPARED, error.meaning
+            outcome = Outcome.SPARED, error.meaning
         except NoSuchDeviceError as error:
-            return self._spare(again.dev_id, error.meaning)
-        return Outcome.STOPPED, "its waiting I/O has failed, its disk is gone; its id is freed next"
+            outcome = self._spare(again.dev_id, error.meaning)
+        except (DuendeError, OSError):
+            self._ledger.note_hand(again.dev_id, None)
+            raise
+        else:
+            outcome = Outcome.STOPPED, "its waiting I/O has failed, its disk is gone; its id is freed next"
+        self._ledger.note_hand(again.dev_id, None)
+        return outcome
+
+    def _may_stop(self, seen: Observation, hand: Process | None) -> bool:
+        """The last word, before a child begins (None) and again before it sends STOP_DEV. Who it is, is written down."""
+        if self._judge.is_held(seen):
+            return False
+        if hand:
+            self._ledger.note_hand(seen.dev_id, hand)
+        return True
 
     def _why_not(self, device: Judged, again: Observation) -> str:
         """The second look, with nobody able to change the answer any more. Empty: go on."""

@@ -28,7 +28,6 @@ import os
 import threading
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Self, TypeVar
 
 from duende_ublkd.core.config import MAX_DEV_ID, Config, DaemonConfig, OnOrphan, OnUnserved, Policy
@@ -43,6 +42,7 @@ from duende_ublkd.core.errors import (
 from duende_ublkd.core.model import Outcome, VerdictKind
 from duende_ublkd.kernel import memory
 from duende_ublkd.kernel.control import DEADLINE, Control, open_control_device
+from duende_ublkd.kernel.holders import is_gone
 from duende_ublkd.kernel.ring import Ring
 from duende_ublkd.once import ask_daemon, is_left, settle
 from duende_ublkd.parts import FINISH_FOR, Parts, read_config
@@ -306,7 +306,7 @@ async def _parts(
         await parts.close()
         if nursery:
             _wait_until_reaped(nursery)
-        _wait_until_gone(parts.sweeper._thread)  # noqa: SLF001 - close() has told it to end, and does not wait for it
+        parts.sweeper.join(_GONE_IN)
 
 
 class _Deeds:
@@ -445,7 +445,7 @@ class _Call(Generic[_T]):
             raise DuendeError(
                 f"the call has not come to its end for {limit:g} s", hint="look for what it waits for: dmesg"
             )
-        _wait_until_gone(self._thread)
+        is_gone(self._thread, _GONE_IN)
 
     def give_up(self) -> None:
         """Have it end, and wait for that; it gives everything back first."""
@@ -454,7 +454,7 @@ class _Call(Generic[_T]):
             with contextlib.suppress(RuntimeError):  # the loop is closed: it is over
                 self._loop.call_soon_threadsafe(self._task.cancel)
         if self._is_over.wait(_GIVE_UP_FOR):
-            _wait_until_gone(self._thread)
+            is_gone(self._thread, _GONE_IN)
 
     def result(self) -> _T:
         """Of a call that is over."""
@@ -499,15 +499,3 @@ def _wait_until_reaped(pid: int) -> None:
     with contextlib.suppress(ChildProcessError):  # it has been reaped
         while os.waitpid(pid, os.WNOHANG)[0] == 0 and time.monotonic() < until:
             time.sleep(_GLANCE)
-
-
-def _wait_until_gone(thread: threading.Thread) -> None:
-    """Of a thread that is ending: until the kernel has let go of it too, so that a fork meets no other thread.
-
-    Not join(): from 3.13 on that waits for the kernel's part of a thread's end without a limit, and there a thread waits
-    for every command that it has sent.
-    """
-    task = Path(f"/proc/self/task/{thread.native_id}")
-    until = time.monotonic() + _GONE_IN
-    while (thread.is_alive() or task.exists()) and time.monotonic() < until:
-        time.sleep(_GLANCE)

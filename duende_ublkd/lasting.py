@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from duende_ublkd.core.config import Config
-    from duende_ublkd.core.model import Judged, PassReport
+    from duende_ublkd.core.model import Judged, PassReport, Process
     from duende_ublkd.reconcile import Reconciler
 
 _READ_FOR = 10.0
@@ -40,11 +40,21 @@ _PACE = 1.0  # seconds between two changes of one user who is not root: each is 
 class Lasting:
     """The daemon's memory beyond its own life; a reporter, and whom holds are asked of."""
 
-    def __init__(self, config: Config, directory: str, spawn: Callable[[Sequence[str], int], None]) -> None:
-        """`directory`: the run directory. `spawn(argv, stdin)`: starts a program, and waits for no disk."""
+    def __init__(
+        self,
+        config: Config,
+        directory: str,
+        spawn: Callable[[Sequence[str], int], None],
+        watch_former: Callable[[int, Process], bool],
+    ) -> None:
+        """`directory`: the run directory. `spawn(argv, stdin)`: starts a program, and waits for no disk.
+
+        `watch_former(dev_id, hand)`: whether a child of a former daemon is still about to stop a device.
+        """
         self._directory = directory
         self._boot_id = holdfile.boot_id()
         self._reconciler: Reconciler | None = None
+        self._watch_former = watch_former
         self._is_run_directory_sick = False
         self._paces: dict[int, float] = {}  # uid -> its last change, of those who are not root
         self.store = Store(
@@ -61,6 +71,7 @@ class Lasting:
     async def restore(self, reconciler: Reconciler) -> None:
         """Start the journal, and go on from what it has kept."""
         self._reconciler = reconciler
+        reconciler.ledger.keep = self._save_device
         saved = await self.store.open(_READ_FOR)
         devices = {key: value for key, value in saved.items() if key.startswith(_DEVICE)}
         records, doubts = runfile.load_records(self._directory)
@@ -78,6 +89,9 @@ class Lasting:
         try:
             if value["boot_id"] == self._boot_id:
                 reconciler.ledger.remember(dev_id, value["device"])
+                hand = reconciler.ledger.hand_of_former(dev_id)
+                if hand and not self._watch_former(dev_id, hand):
+                    reconciler.ledger.note_answer(dev_id, "STOP_DEV")
                 if value["device"]["trail"]["began"] is not None:
                     self._note_abandoned(dev_id, value["device"]["trail"])
                 return

@@ -7,10 +7,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
+import stat
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from duende_ublkd.core import config as configuration
+from duende_ublkd.core import recovery
 from duende_ublkd.core.errors import ConfigError, UsageError
+from duende_ublkd.core.text import printable
+from duende_ublkd.kernel import ownership
 from duende_ublkd.kernel.children import Children, Credentials, resolve_user
 from duende_ublkd.kernel.control import Control
 from duende_ublkd.kernel.devices import UblkKernel
@@ -21,7 +28,7 @@ from duende_ublkd.reconcile import Agenda, Reconciler
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from duende_ublkd.core.config import Config
+    from duende_ublkd.core.config import Config, Recovery
     from duende_ublkd.core.holds import Hold
     from duende_ublkd.core.model import Judged, PassReport
     from duende_ublkd.deeds import Reporter
@@ -31,19 +38,77 @@ FINISH_FOR = 2.0  # seconds for deeds under way when told to stop; what is left 
 
 
 def read_config(path: str | None) -> Config:
-    """The configuration at `path`; None: the default place, or the built-in defaults where that does not exist."""
+    """The configuration at `path`; None: the default place, or the built-in defaults where that does not exist.
+
+    Refused, as a ConfigError: what others may change, the commands in it included. It may wait for disks.
+    """
     where = path or DEFAULT_PATH
     try:
-        with open(where, "rb") as file:
-            config = configuration.load(file.read(configuration.MAX_BYTES + 1), where)
+        config = configuration.load(_read_trusted(where), where, check=_check_command)
         _known_users.update(users_of(config))
         return config  # noqa: TRY300 - what else could fail is caught here on purpose
+    except ownership.Doubt as doubt:
+        what = printable(str(doubt), 1000)
+        raise configuration.refused(where, f"not believed: {what}", doubt.hint) from doubt
     except FileNotFoundError as error:
         if path is None:
             return configuration.Config()
         raise configuration.unreadable(where, error) from error
     except OSError as error:
         raise configuration.unreadable(where, error) from error
+
+
+def _read_trusted(where: str) -> bytes:
+    """At most one byte more than a configuration may have. Doubt: others may change it; OSError."""
+    ownership.Trust().check(where)
+    # O_NONBLOCK: of a FIFO nobody may ever open the other end.
+    file = os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    with open(file, "rb") as reader:
+        mode = os.fstat(file).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, "it is no regular file")
+        return reader.read(configuration.MAX_BYTES + 1)
+
+
+def _check_command(rule: Recovery) -> None:
+    """WrongValueError: others may change the program. One that is not there, or not known yet, is for when it is run."""
+    if rule.command[0] == "{server}":
+        return
+    try:
+        trust = _trust_of(rule)
+        program = configuration.fill(rule.command[:1], {})[0]
+        trust.check(ownership.find(program, recovery.PATH))
+    except ownership.Doubt as doubt:
+        raise configuration.WrongValueError(printable(str(doubt), 1000), hint=doubt.hint, part=0) from doubt
+    except OSError:
+        return  # it may be there later: on a disk that is not mounted yet, or not by this user's leave
+
+
+def _trust_of(rule: Recovery) -> ownership.Trust:
+    """Who may change what this rule runs. One whose user is not known is refused elsewhere."""
+    if rule.user is None:
+        return ownership.Trust()
+    try:
+        return ownership.Trust(resolve_user(rule.user).uid)
+    except UsageError:
+        return ownership.Trust()
+
+
+def doubtful_arguments(rule: Recovery) -> list[tuple[int, str]]:
+    """The arguments that name a file which others may change, perhaps a script: which, and what to do about it."""
+    found = []
+    for index, part in enumerate(rule.command[1:], 1):
+        try:
+            (path,) = configuration.fill((part,), {})
+            if path.startswith("/") and stat.S_ISREG(Path(path).stat().st_mode):
+                _trust_of(rule).check(path)
+        except ownership.Doubt as doubt:
+            found.append((index, f"{printable(str(doubt), 1000)}; {printable(doubt.hint, 1000)}"))
+        except (configuration.UnfilledError, OSError, ValueError):
+            continue
+    return found
 
 
 _known_users: dict[str, Credentials] = {}
@@ -104,6 +169,7 @@ class Parts:
 
     def _on_late(self, name: str, dev_id: int | None, _result: int) -> None:
         if dev_id is not None:
+            self.kernel.note_answer(name, dev_id)
             self.reconciler.note_answer(dev_id, name)
 
     def _on_late_child(self, name: str, dev_id: int, _result: int) -> None:
@@ -121,6 +187,7 @@ class Parts:
         self.sweeper.close()
         self.children.close()
         await self.ring.close()
+        self.kernel.close()
         return left
 
 

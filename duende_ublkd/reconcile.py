@@ -122,6 +122,7 @@ class Reconciler:
         self._only_orphans = only_orphans
         self._on_hold_ended = on_hold_ended or (lambda _hold, _why: None)
         self._deeds = Deeds(kernel, self.ledger, self.devices, reporter, self)
+        self._stuck_looked_at = -_STUCK_EVERY
         self._deletions: dict[int, asyncio.Task[None]] = {}
         self._recoveries: dict[int, asyncio.Task[None]] = {}
 
@@ -158,6 +159,7 @@ class Reconciler:
         gone = self._notice_gone(wanted - {each.dev_id for each in seen})
         self._end_holds()
         changed = [device for each in seen if (device := self._judge(each))]
+        changed = await self._with_stuck(changed, {each.dev_id for each in seen})
         self._sort_devices()
         deeds = [_would_do(device) for device in changed if self.is_dry_run and device.verdict.action in _DEEDS]
         took = self.clock() - began
@@ -175,6 +177,18 @@ class Reconciler:
                 self._agenda.later(each.dev_id, max(device.hold.until - self.clock(), 0.0))
         return report
 
+    async def _with_stuck(self, changed: list[Judged], dev_ids: AbstractSet[int]) -> list[Judged]:
+        """Where something is wedged, a person needs to know by whom: looked for at once, and then now and again."""
+        wedged = {dev_id for dev_id in dev_ids if self.devices[dev_id].verdict.kind is VerdictKind.WEDGED}
+        is_new = any(each.seen.dev_id in wedged for each in changed)
+        if not wedged or not (is_new or self.clock() >= self._stuck_looked_at + _STUCK_EVERY):
+            return changed
+        self._stuck_looked_at = self.clock()
+        stuck = await self._kernel.look_for_stuck()
+        for dev_id in wedged & self.devices.keys():
+            self.devices[dev_id] = replace(self.devices[dev_id], stuck=stuck)
+        return [self.devices.get(each.seen.dev_id, each) for each in changed]
+
     def _may_do(self, verdict: Verdict) -> bool:
         if self.is_dry_run or verdict.action not in _DEEDS:
             return False
@@ -189,8 +203,9 @@ class Reconciler:
 
     def note_answer(self, dev_id: int, command: str) -> None:
         """A command that missed its deadline has answered; its asker may still have to hear of the deadline."""
+        was_stuck = self.ledger.stuck_deletions()
         self.ledger.note_answer(dev_id, command)
-        self._agenda.soon(dev_id)
+        self._agenda.soon(None if was_stuck != self.ledger.stuck_deletions() else dev_id)
 
     async def finish_deeds(self) -> set[int]:
         """Wait until nothing destructive is under way; the ids that something was done to."""
@@ -240,7 +255,8 @@ class Reconciler:
         """What a device is and what to do, by the configuration and the holds of this moment."""
         hold = self.holds.active(seen.dev_id, seen.identity.sysfs_inode, self.clock())
         chosen = self.policy_for(seen, history)
-        return policy.decide(seen, history, chosen, self._kernel.traits, seen.at, hold)
+        traits = replace(self._kernel.traits, stuck=self.ledger.stuck_deletions())
+        return policy.decide(seen, history, chosen, traits, seen.at, hold)
 
     def policy_for(self, seen: Observation, history: History) -> Policy:
         """The policy that the configuration gives this device."""
@@ -303,7 +319,8 @@ class Reconciler:
         if seen.usage is None and last and last.seen.identity == seen.identity:
             seen = replace(seen, usage=last.seen.usage)  # for people: who used it when somebody last looked
         hold = self.holds.active(seen.dev_id, inode, self.clock())
-        device = Judged(seen, verdict, history.verdict_since, hold, history.trail)
+        stuck = last.stuck if last and verdict.kind is VerdictKind.WEDGED else ()
+        device = Judged(seen, verdict, history.verdict_since, hold, history.trail, stuck)
         self.devices[seen.dev_id] = device
         return device if before else None
 
@@ -342,6 +359,7 @@ class Reconciler:
 
 
 _DEEDS = (Action.DELETE, Action.RECOVER)
+_STUCK_EVERY = 30.0  # seconds; a look at every thread of the machine
 _GLANCE_AT_RECOVERY = 1.0  # seconds until a device whose recovery begins, or waits for its turn, is looked at again
 
 

@@ -141,7 +141,11 @@ class Bench:
         self.agenda = Agenda()
         self.reconciler = self._a_reconciler(former.config)
         for dev_id, record in [] if forgetful else written:
-            self.reconciler.ledger.remember(dev_id, record)
+            ledger = self.reconciler.ledger
+            ledger.remember(dev_id, record)
+            hand = ledger.hand_of_former(dev_id)
+            if hand and not self.kernel.watch_former(dev_id, hand):
+                ledger.note_answer(dev_id, "STOP_DEV")
         self.kernel.hint = self.agenda.soon
         self._task = asyncio.ensure_future(self._look())
 

@@ -42,3 +42,5 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             else "no result"
         )
         terminalreporter.write_line(f"{suite.kernel}: {told}, log in .lab/{suite.log.name}")
+        for failure in suite.failures():
+            terminalreporter.write_line(failure)

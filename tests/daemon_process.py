@@ -1,5 +1,6 @@
 """A running daemon as the tests see it: its configuration, its readiness, its log and its pages."""
 
+import contextlib
 import json
 import os
 import re
@@ -30,6 +31,7 @@ class DaemonProcess:
         )
         self.port = port
         self.log_path = self.directory / "log"
+        self.ready_after = 0.0  # seconds from its start
         self._environment = environment or {}
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.bind(str(self.directory / "notify"))
@@ -61,16 +63,25 @@ class DaemonProcess:
 
     def wait_ready(self) -> None:
         """Wait for READY=1, as systemd does."""
-        until = time.monotonic() + START_DEADLINE
+        began = time.monotonic()
+        until = began + START_DEADLINE
         self._notify.settimeout(0.1)
         while time.monotonic() < until:
             assert self.process.poll() is None, f"the daemon ended with {self.process.returncode}:\n{self.log}"
             try:
                 if b"READY=1" in self._notify.recv(4096):
+                    self.ready_after = time.monotonic() - began
                     return
             except TimeoutError:
                 continue
         raise AssertionError(f"not ready in {START_DEADLINE} s:\n{self.log}")
+
+    def _forget_notifications(self) -> None:
+        """What the last one has told, READY=1 after a reload included."""
+        self._notify.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                self._notify.recv(4096)
 
     def wait_log(self, pattern: str, deadline: float = 30.0) -> re.Match[str]:
         """Wait for a line that matches."""
@@ -88,6 +99,7 @@ class DaemonProcess:
 
     def restart(self) -> None:
         """A new process with the same configuration and log."""
+        self._forget_notifications()
         self.process = self._start()
         self.wait_ready()
 

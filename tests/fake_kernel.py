@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import math
+import os
 import selectors
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,6 +29,7 @@ from duende_ublkd.core.errors import (
     KernelUnavailableError,
     NoSuchDeviceError,
     NotDoneError,
+    UnsupportedError,
 )
 from duende_ublkd.core.model import (
     DevInfo,
@@ -40,7 +43,10 @@ from duende_ublkd.core.model import (
     Server,
     Usage,
 )
+from duende_ublkd.core.model import Process as Hand
 from duende_ublkd.core.policy import Traits
+from duende_ublkd.kernel import abi
+from duende_ublkd.kernel.control import why_no_control_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
@@ -136,6 +142,7 @@ class Instance:
     started: bool = False
     left_at: float | None = None  # a living server closed it, and may be about to delete it
     overdue: str = ""  # the command on it that has not answered
+    hand: Hand | None = None  # the child of a daemon that has sent it
     answer_is_heard: bool = True  # whoever sent it is still there
 
     @property
@@ -154,6 +161,35 @@ class Fault(Enum):
     OVERDUE = "overdue"  # no answer by the deadline; see FakeKernel.answer
     ALREADY_DONE = "already done"  # somebody else's deletion came first
     DEFECT = "defect"  # a bug of ours
+
+
+class Step(Enum):
+    """Where the kernel can answer with an error: whatever the daemon asks of it."""
+
+    CONTROL_DEVICE = "the open of /dev/ublk-control"  # for whichever command it was
+    GET_FEATURES = "GET_FEATURES"
+    LIST = "the listing of sysfs"
+    GET_DEV_INFO = "GET_DEV_INFO"
+    SYSFS = "a look into sysfs"
+    PROC = "the sweep over /proc"
+    CHAR_DEVICE = "the open of /dev/ublkcN"
+    STOP = "STOP_DEV"
+    DELETE = "DEL_DEV or DEL_DEV_ASYNC"
+    CHILD = "a recovery command's start"
+
+
+ERRNOS = (*sorted(errno.errorcode), abi.ENOTSUPP)
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ENODEV)  # what sysfs says of a device that is not there
+_NO_DRIVER = (errno.ENOENT, errno.ENXIO, errno.ENODEV)
+
+
+@dataclass
+class Error:
+    """What a step answers, the next `times`. `works`: it does what it was asked for all the same."""
+
+    number: int
+    times: float = math.inf
+    works: bool = False
 
 
 # --- the driver -------------------------------------------------------------------------------------------------------
@@ -196,6 +232,8 @@ class FakeKernel:
         self.asked: Counter[int] = Counter()  # how often each id was looked at
         self.troubles: dict[int, str] = {}  # ids whose GET_DEV_INFO gives no answer, and why
         self.faults: dict[int, Fault] = {}
+        self.errors: dict[Step, Error] = {}
+        self.deletions_sent: Counter[int] = Counter()  # commands, by id
         self.taken: dict[int, Instance] = {}
         self.processes: dict[int, Process] = {}
         self.deletions: list[Instance] = []  # by the reaper, in order
@@ -212,32 +250,48 @@ class FakeKernel:
     async def driver(self) -> DriverFacts:
         await self._pass_time()
         self._insist_on_driver()
+        self._open_control_device()
         if self.looks_are_overdue:
             raise CommandOverdueError("GET_FEATURES", None, DEADLINE)
+        if (error := self._error_at(Step.GET_FEATURES)) and error.number not in _NO_FEATURES:
+            raise abi.error_of(abi.Command.GET_FEATURES, None, -error.number)
         return DriverFacts()
 
     def candidates(self, known: Collection[int]) -> set[int]:
         if not self.descriptors_left:
             raise OSError(errno.EMFILE, "Too many open files")
+        if (error := self._error_at(Step.LIST)) and error.number != errno.ENOENT:
+            raise _os_error(error)
         listed = (dev_id for dev_id, instance in self.taken.items() if instance.listed)
         return {*listed, *known, *range(SWEPT)}
 
     async def observe(self, dev_ids: Collection[int]) -> list[Observation]:
         await self._pass_time()
         self._insist_on_driver()
+        self._open_control_device()
         self.looks += 1
         self.asked.update(dev_ids)
-        seen = [self._see(instance) for dev_id in sorted(dev_ids) if (instance := self.taken.get(dev_id))]
+        seen = [one for dev_id in sorted(dev_ids) if (one := self._ask(dev_id))]
+        if (error := self._error_at(Step.SYSFS)) and error.number not in _GONE:
+            raise _os_error(error)
         await self._pass_time()
         return seen
 
     async def look_for_users(self, seen: Collection[Observation], _remembered: Mapping[int, Rdevs]) -> dict[int, Usage]:
         await self._pass_time()
+        if error := self._error_at(Step.PROC):
+            raise _os_error(error)
         return {each.dev_id: self._usage(each.dev_id) for each in seen}
+
+    async def look_for_stuck(self) -> tuple[str, ...]:
+        await self._pass_time()
+        return tuple(f"somebody in {each.overdue}" for each in self.taken.values() if each.overdue)
 
     @contextlib.contextmanager
     def claim(self, seen: Observation) -> Iterator[FakeClaim]:
         self._insist_on_driver()
+        if error := self._error_at(Step.CHAR_DEVICE):
+            raise _why_not_open(seen.dev_id, error)
         claim = FakeClaim(self, self._open_exclusively(seen))
         try:
             yield claim
@@ -252,6 +306,8 @@ class FakeKernel:
         rule: Recovery,
         may_go: Callable[[], bool],
     ) -> FakeCommand:
+        if error := self._error_at(Step.CHILD):
+            raise _os_error(error)
         until = self._loop.time() + FORMER_DEADLINE
         while former := next((each for each in self._commands_for(seen.dev_id) if each.is_under_way), None):
             if self._loop.time() >= until:
@@ -268,7 +324,17 @@ class FakeKernel:
         for command in (*self._orders, *self.commands):
             command.abandon()
         for instance in self.taken.values():
+            if not instance.hand:
+                instance.overdue = ""
             instance.answer_is_heard = not instance.overdue
+
+    def watch_former(self, dev_id: int, hand: Hand) -> bool:
+        """A new daemon listens for the end of a former one's hand; False: it is over."""
+        instance = self.taken.get(dev_id)
+        if instance is None or instance.hand != hand:
+            return False
+        instance.answer_is_heard = True
+        return True
 
     # What happens in the world
 
@@ -387,7 +453,7 @@ class FakeKernel:
 
     def answer(self, instance: Instance, *, works: bool) -> None:
         """The overdue command on a device answers after all, having done its work or not."""
-        command, instance.overdue = instance.overdue, ""
+        command, instance.overdue, instance.hand = instance.overdue, "", None
         if command == "STOP_DEV" and works:
             self.stop(instance)
             works = False
@@ -404,6 +470,41 @@ class FakeKernel:
     def _insist_on_driver(self) -> None:
         if self.unavailable:
             raise KernelUnavailableError("/dev/ublk-control is missing: the ublk driver is not loaded")
+
+    def _error_at(self, step: Step) -> Error | None:
+        error = self.errors.get(step)
+        if error:
+            error.times -= 1
+            if error.times <= 0:
+                del self.errors[step]
+        return error
+
+    def _open_control_device(self) -> None:
+        if error := self._error_at(Step.CONTROL_DEVICE):
+            message, hint = why_no_control_device(abi.CONTROL_DEVICE, error.number, "6.12", 0)
+            raise KernelUnavailableError(message, hint=hint, no_driver=error.number in _NO_DRIVER)
+
+    def _ask(self, dev_id: int) -> Observation | None:
+        """As UblkKernel does, whose rules for an error these are; what is not there may be asked about in vain too."""
+        instance = self.taken.get(dev_id)
+        error = self._error_at(Step.GET_DEV_INFO)
+        if error is None:
+            return self._see(instance) if instance else None
+        if error.number == errno.EPERM:
+            raise KernelUnavailableError(f"the kernel refuses to tell of ublk{dev_id}")
+        listed = instance is not None and instance.listed
+        if error.number == errno.ENODEV and not listed:
+            return None
+        trouble = str(abi.error_of(abi.Command.GET_DEV_INFO, dev_id, -error.number))
+        if error.number == errno.ENODEV:
+            return Observation(
+                dev_id, self._loop.time(), None, Identity(None), trouble="it is another one at each look"
+            )
+        if error.number == errno.ENOENT and not listed:
+            trouble = ""
+        if instance:
+            return replace(self._see(instance), info=None, server=None, trouble=trouble)
+        return Observation(dev_id, self._loop.time(), None, Identity(None), trouble=trouble)
 
     def _tell(self, instance: Instance) -> None:
         if not self.hints_lost:
@@ -537,6 +638,28 @@ class FakeKernel:
             del self.taken[instance.dev_id]
 
 
+# 6.1 takes GET_FEATURES for a command on a device and finds none; others do not know it.
+_NO_FEATURES = (errno.ENODEV, errno.EOPNOTSUPP, abi.ENOTSUPP, errno.EINVAL)
+
+
+def _os_error(error: Error) -> OSError:
+    return OSError(error.number, os.strerror(error.number))
+
+
+def _why_not_open(dev_id: int, error: Error) -> CommandError:
+    meaning = os.strerror(error.number)
+    if error.number == errno.EBUSY:
+        return BusyError("open", dev_id, error.number, meaning)
+    if error.number in _NO_DRIVER:
+        return NoSuchDeviceError("open", dev_id, errno.ENODEV, meaning)
+    return CommandError("open", dev_id, error.number, meaning)
+
+
+def _why_not_stopped(dev_id: int, error: Error) -> CommandError:
+    why = abi.error_of(abi.Command.STOP_DEV, dev_id, -error.number)
+    return HeldError(why.command, dev_id, why.errno, why.meaning) if isinstance(why, BusyError) else why
+
+
 class FakeClaim:
     """An exclusive open of /dev/ublkcN."""
 
@@ -549,14 +672,15 @@ class FakeClaim:
         seen = await self._kernel.observe([self._instance.dev_id])
         return seen[0] if seen else None
 
-    async def stop(self, _seen: Observation, may_go: Callable[[], bool]) -> None:
+    async def stop(self, _seen: Observation, may_go: Callable[[Hand | None], bool]) -> None:
         kernel, instance = self._kernel, self._instance
         was_held, was_swept = (
             bool(instance.holders),
             kernel.sees_everything,
         )  # what comes later meets the kernel's own lock
         await asyncio.sleep(kernel.child_takes)
-        if not may_go():
+        hand = Hand(kernel.process("hand").pid, 1)
+        if not may_go(None) or not may_go(hand):
             raise NotDoneError("not done: it is on hold now", hint="duende-ublkd release")
         now, deadline = kernel._loop.time(), kernel.recovery_deadline
         reasons = {
@@ -575,12 +699,21 @@ class FakeClaim:
         kernel.violations += [f"{now}: {instance} stopped, but {why}" for why, so in reasons.items() if so]
         if instance.hidden_holder or instance.holders:
             raise HeldError("STOP_DEV", instance.dev_id, errno.EBUSY, "its disk is in use")
+        kernel._open_control_device()
+        if error := kernel._error_at(Step.STOP):
+            if error.works:
+                kernel.stops.append(instance)
+                kernel.stop(instance)
+            raise _why_not_stopped(instance.dev_id, error)
         if kernel.faults.get(instance.dev_id) is Fault.STOP_OVERDUE:
             del kernel.faults[instance.dev_id]
+            instance.hand = hand
             raise await self._miss_deadline("STOP_DEV")
-        await asyncio.sleep(kernel.latency)
-        kernel.stops.append(instance)
-        kernel.stop(instance)
+        try:
+            await asyncio.sleep(kernel.latency)
+        finally:  # a hand does what it was told to, whatever becomes of its daemon
+            kernel.stops.append(instance)
+            kernel.stop(instance)
 
     async def delete(self, info: DevInfo) -> None:
         kernel, instance = self._kernel, self._instance
@@ -589,7 +722,12 @@ class FakeClaim:
         if info.unprivileged or not kernel.ability.async_delete:
             await self._delete_and_wait()
             return
-        await self._send("DEL_DEV_ASYNC")
+        try:
+            await self._send("DEL_DEV_ASYNC")
+        except UnsupportedError:
+            kernel.traits = replace(kernel.traits, async_delete=False)
+            await self._delete_and_wait()
+            return
         kernel._take_away(instance)
         self.release()
 
@@ -606,8 +744,15 @@ class FakeClaim:
     async def _send(self, command: str) -> None:
         """A command on its way: who is harmed by it, how long it takes, and what it meets."""
         kernel, instance = self._kernel, self._instance
+        kernel._open_control_device()
         kernel._condemn(f"deleted by {command}", instance)
+        kernel.deletions_sent[instance.dev_id] += 1
         await asyncio.sleep(kernel.deletion_takes.get(instance.dev_id, kernel.latency))
+        if error := kernel._error_at(Step.DELETE):
+            why = abi.error_of(abi.Command[command], instance.dev_id, -error.number)
+            if error.works and not isinstance(why, UnsupportedError):
+                kernel._take_away(instance)
+            raise why
         match kernel.faults.pop(instance.dev_id, None):
             case Fault.REFUSED:
                 raise CommandError(command, instance.dev_id, errno.EIO, "input/output error")
@@ -622,12 +767,13 @@ class FakeClaim:
                 return
 
     async def _miss_deadline(self, command: str) -> CommandOverdueError:
-        """A daemon that is killed before the deadline takes the command with it: no other one could know of it."""
+        """A daemon that is killed takes its own commands with it, but not what a hand was told to do."""
         self._instance.overdue, self._instance.answer_is_heard = command, True
         try:
             await asyncio.sleep(DEADLINE)
         except asyncio.CancelledError:
-            self._instance.overdue = ""
+            if not self._instance.hand:
+                self._instance.overdue = ""
             raise
         return CommandOverdueError(command, self._instance.dev_id, DEADLINE)
 

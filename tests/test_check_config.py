@@ -278,6 +278,7 @@ def test_json_says_the_same_of_devices_that_are_there(tmp_path: Path, capsys: Ca
             }
         ],
         "note": None,
+        "warnings": [],
     }
 
 

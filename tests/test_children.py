@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import re
 import signal
@@ -17,6 +18,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
@@ -33,6 +35,7 @@ from duende_ublkd.core.errors import (
     KernelUnavailableError,
     UsageError,
 )
+from duende_ublkd.core.model import OPENING, Process
 from duende_ublkd.kernel import abi, binding, children, nursery
 from duende_ublkd.kernel.children import (
     Children,
@@ -43,6 +46,7 @@ from duende_ublkd.kernel.children import (
     StillRunningError,
     resolve_user,
 )
+from duende_ublkd.kernel.servers import start_time_of
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="changes users, makes device nodes")
 
@@ -214,7 +218,7 @@ def test_output_is_made_printable_and_its_last_lines_are_shown() -> None:
         (("no-such-command-990",), "no-such-command-990 cannot be run: No such file", "full path"),
         (("/etc/passwd",), "/etc/passwd cannot be run: Permission denied", "chmod"),
         (("/",), "/ cannot be run: Permission denied", "chmod"),
-        (("/dev/null/x",), "Not a directory", "by hand"),
+        (("/etc/passwd/x",), "Not a directory", "by hand"),
     ],
 )
 def test_a_command_that_cannot_be_run_is_named_with_what_to_do(argv: tuple[str, ...], what: str, hint: str) -> None:
@@ -1206,8 +1210,20 @@ asyncio.run(main())
 # --- a hand ----------------------------------------------------------------------------------------------------------
 
 
-async def stop(subject: Children, *, try_first: bool = False, rdev: tuple[int, int] = LOOP0) -> None:
-    await subject.stop_device(DEV_ID, rdev, try_first=try_first, deadline=5)
+async def stop(
+    subject: Children,
+    *,
+    try_first: bool = False,
+    rdev: tuple[int, int] = LOOP0,
+    deadline: float = 5,
+    may_go: Callable[[Process | None], bool] = lambda _: True,
+) -> None:
+    """With /dev/null in the place of the claimed char device."""
+    claim = os.open("/dev/null", os.O_RDWR)
+    try:
+        await subject.stop_device(DEV_ID, rdev, claim, try_first=try_first, deadline=deadline, may_go=may_go)
+    finally:
+        os.close(claim)
 
 
 @pytest.mark.usefixtures("obedient_control")
@@ -1264,14 +1280,17 @@ def test_without_a_driver_a_stop_says_what_to_type() -> None:
 
 
 class Answering(binding.WaitingRing):
-    """A driver that answers as told, and notes what it was asked and whether the disk was free then."""
+    """A driver that answers as told, and notes what it was asked, whether the disk was free then, and who had the claim."""
 
-    def __init__(self, *answers: int) -> None:
+    def __init__(self, *answers: int, claim: Path | None = None) -> None:
         self.answers = list(answers)
         self.asked: list[tuple[int, bool]] = []
+        self.claims: list[int] = []
+        self._claim = claim
 
     def perform(self, fd: int, entry: bytes) -> int:
         assert Path(f"/proc/self/fd/{fd}").readlink() == Path("/dev/null")
+        self.claims.append(descriptors_of(self._claim))
         command = int.from_bytes(entry[8:12], sys.byteorder)
         try:
             os.close(os.open("/dev/loop0", os.O_RDONLY | os.O_EXCL))
@@ -1303,17 +1322,74 @@ def test_a_stop_is_sent_with_the_disk_claimed_and_a_try_with_it_free(
     answers: list[int],
     asked: list[tuple[int, bool]],
     told: tuple[str, int],
+    tmp_path: Path,
 ) -> None:
-    driver = Answering(*answers)
-    order: dict[str, Any] = children._stop_order(DEV_ID, LOOP0, try_first=try_first)
-    answer = nursery._answer(order, driver)
+    claim = tmp_path / "char device"
+    claim.touch()
+    driver = Answering(*answers, claim=claim)
+
+    def hand_over(ours: socket.socket) -> None:
+        with claim.open("rb") as claimed:
+            socket.send_fds(ours, [b"{}"], [claimed.fileno()])
+
+    answer = answer_of_a_hand(driver, hand_over, try_first=try_first)
     assert driver.asked == asked
     assert (answer["command"], answer["result"]) == told
+    assert driver.claims == [1] * len(asked)  # the caller has given up its own
+    assert descriptors_of(claim) == 0
     os.close(os.open(disk, os.O_RDONLY | os.O_EXCL))  # nothing of it is left open
 
 
+def open_links() -> list[Path]:
+    """What this process has open."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found.append(link.readlink())
+    return found
+
+
+def descriptors_of(path: Path | None) -> int:
+    """How many this process has of a file."""
+    return open_links().count(path) if path else 0
+
+
+def answer_of_a_hand(
+    driver: Answering, word: Callable[[socket.socket], object], *, try_first: bool = False
+) -> dict[str, Any]:
+    """A hand's work in a thread of this process. `word`: what its daemon does when it hears that the disk is open."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    order: dict[str, Any] = children._stop_order(DEV_ID, LOOP0, try_first=try_first)
+    answers: list[dict[str, Any]] = []
+    hand = threading.Thread(target=lambda: answers.append(nursery._answer(order, nursery.Talk(theirs), driver)))
+    with ours, theirs:
+        hand.start()
+        assert json.loads(ours.recv(100)) == {"opened": True}
+        assert driver.asked == []  # it waits for the word
+        word(ours)
+        hand.join(10)
+    return answers[0]
+
+
+def say_nothing_to_be_done(ours: socket.socket) -> None:
+    ours.send(b'{"do": "nothing"}')
+
+
+@pytest.mark.usefixtures("obedient_control")
+@pytest.mark.parametrize("word", [say_nothing_to_be_done, socket.socket.close], ids=["nothing", "gone"])
+@pytest.mark.parametrize("try_first", [False, True])
+def test_a_hand_without_its_daemons_claim_sends_nothing(
+    disk: Path, word: Callable[[socket.socket], object], *, try_first: bool
+) -> None:
+    driver = Answering(0)
+    answer = answer_of_a_hand(driver, word, try_first=try_first)
+    assert driver.asked == []
+    assert (answer["failed"], answer["errno"]) == ("late", errno.ECANCELED)
+    os.close(os.open(disk, os.O_RDONLY | os.O_EXCL))
+
+
 class StoppedHand(children._Hand):
-    """Its child is stopped between `taken` and `go`."""
+    """Its child is stopped between `taken` and `go`: before it opens the disk."""
 
     pids: list[int] = []  # noqa: RUF012 - filled by the loop, read by the test
 
@@ -1324,21 +1400,198 @@ class StoppedHand(children._Hand):
         super()._hear(message)
 
 
+class HandStoppedAtWork(children._Hand):
+    """Its child is stopped between the word for the STOP_DEV and the STOP_DEV."""
+
+    pids: list[int] = []  # noqa: RUF012 - as above
+
+    def _let_it_stop(self) -> None:
+        assert self.process
+        self.pids.append(self.process.pid)
+        os.kill(self.process.pid, signal.SIGSTOP)
+        super()._let_it_stop()
+
+
 @pytest.mark.usefixtures("disk", "obedient_control")
-@pytest.mark.parametrize(("word", "result"), [(signal.SIGCONT, 0), (signal.SIGKILL, -errno.EINTR)])
-def test_a_hand_that_misses_its_deadline_is_overdue_and_its_late_answer_collected(
-    monkeypatch: pytest.MonkeyPatch, word: int, result: int
+@pytest.mark.parametrize(
+    ("slow_hand", "word", "step", "result"),
+    [
+        (HandStoppedAtWork, signal.SIGCONT, "STOP_DEV", 0),
+        (HandStoppedAtWork, signal.SIGKILL, "STOP_DEV", -errno.EINTR),
+        (StoppedHand, signal.SIGCONT, OPENING, -errno.ECANCELED),  # the result of a STOP_DEV would be 0
+        (StoppedHand, signal.SIGKILL, OPENING, -errno.EINTR),
+    ],
+)
+def test_a_hand_that_misses_its_deadline_is_overdue_its_late_answer_collected_and_a_late_open_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+    slow_hand: type[StoppedHand | HandStoppedAtWork],
+    word: int,
+    step: str,
+    result: int,
 ) -> None:
     late: list[tuple[str, int, int]] = []
-    monkeypatch.setattr(children, "_Hand", StoppedHand)
+    asked: list[Process | None] = []
+
+    def may_go(hand: Process | None) -> bool:
+        asked.append(hand)
+        return True
+
+    monkeypatch.setattr(children, "_Hand", slow_hand)
+    patience = 0.2 if step == OPENING else 2.0  # the disk is to be opened in time
 
     async def body(subject: Children) -> None:
-        with pytest.raises(CommandOverdueError, match=r"STOP_DEV on ublk990 has not answered for 0\.2 s"):
-            await subject.stop_device(DEV_ID, LOOP0, try_first=False, deadline=0.2)
-        assert late == []
-        os.kill(StoppedHand.pids[-1], word)
+        with pytest.raises(
+            CommandOverdueError, match=f"^{step} on ublk990 has not answered for {patience:g} s"
+        ) as caught:
+            await stop(subject, deadline=patience, may_go=may_go)
+        assert caught.value.command == step
+        assert (late, subject.overdue) == ([], 1)
+        os.kill(slow_hand.pids[-1], word)
         await until(lambda: late)
-        assert late == [("STOP_DEV", DEV_ID, result)]
+        assert (late, subject.overdue) == ([(step, DEV_ID, result)], 0)
+        assert [each is not None for each in asked] == ([False] if step == OPENING else [False, True])
+
+    with_children(body, on_late=lambda *what: late.append(what))
+
+
+@pytest.mark.usefixtures("disk", "obedient_control")
+def test_it_is_asked_whether_it_may_be_stopped_before_the_disk_is_opened_and_by_whom_right_before_it_is_stopped() -> (
+    None
+):
+    asked: list[tuple[Process | None, bool, str]] = []
+
+    def may_go(hand: Process | None) -> bool:
+        try:
+            os.close(os.open("/dev/loop0", os.O_RDONLY | os.O_EXCL))
+            free = True
+        except OSError:
+            free = False
+        asked.append((hand, free, status_of(hand.pid, "Name") if hand else ""))
+        return True
+
+    async def body(subject: Children) -> None:
+        spares = await spares_of(subject)
+        times = {pid: start_time_of(Path(f"/proc/{pid}/stat").read_bytes()) for pid in spares}
+        await stop(subject, may_go=may_go)
+        ((before, *_), (hand, *_)) = asked
+        assert before is None
+        assert hand
+        assert times[hand.pid] == hand.start_time > 0
+        assert [what[1:] for what in asked] == [(True, ""), (False, "ublkd-hand")]
+
+    with_children(body)
+
+
+@pytest.mark.usefixtures("obedient_control")
+def test_a_hold_that_comes_while_the_disk_is_being_opened_is_heeded(disk: Path) -> None:
+    late: list[object] = []
+    hands: list[Process] = []
+
+    def may_go(hand: Process | None) -> bool:
+        hands.extend([hand] if hand else [])
+        return hand is None
+
+    async def body(subject: Children) -> None:
+        with pytest.raises(DuendeError, match=r"^not done: it is on hold now$"):
+            await stop(subject, may_go=may_go)
+        await until(lambda: not is_alive(hands[0].pid))
+        os.close(os.open(disk, os.O_RDONLY | os.O_EXCL))
+        assert (subject.overdue, late) == (0, [])
+
+    with_children(body, on_late=lambda *what: late.append(what))
+
+
+@pytest.mark.usefixtures("obedient_control")
+def test_a_hand_whose_daemon_has_gone_before_its_disk_was_open_ends_and_asks_nobody(
+    monkeypatch: pytest.MonkeyPatch, disk: Path
+) -> None:
+    monkeypatch.setattr(children, "_Hand", StoppedHand)
+    late: list[object] = []
+    asked: list[Process | None] = []
+
+    def may_go(hand: Process | None) -> bool:
+        asked.append(hand)
+        return True
+
+    async def body(subject: Children) -> None:
+        stopping = asyncio.ensure_future(stop(subject, may_go=may_go))
+        await until(lambda: asked)
+        stopping.cancel()
+        await asyncio.wait([stopping])
+        subject.close()
+        os.kill(StoppedHand.pids[-1], signal.SIGCONT)
+        await until(lambda: not is_alive(StoppedHand.pids[-1]))
+        os.close(os.open(disk, os.O_RDONLY | os.O_EXCL))
+
+    with_children(body, on_late=lambda *what: late.append(what))
+    assert (asked, late) == ([None], [])
+
+
+# --- a hand of a former daemon
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that lives until it is killed."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+        yield process
+        process.kill()
+
+
+def test_the_end_of_a_former_daemons_hand_is_told_once(sleeper: subprocess.Popen[bytes]) -> None:
+    late: list[tuple[str, int, int]] = []
+
+    async def body(subject: Children) -> None:
+        assert subject.watch_former(DEV_ID, children._process_named(sleeper.pid))
+        assert subject.overdue == 1
+        await asyncio.sleep(0.05)
+        assert late == []
+        sleeper.kill()
+        await until(lambda: late)
+        await asyncio.sleep(0.05)
+        assert (late, subject.overdue) == ([("STOP_DEV", DEV_ID, -errno.EINTR)], 0)
+
+    with_children(body, on_late=lambda *what: late.append(what))
+
+
+def test_a_former_hand_that_has_ended_and_a_number_that_another_process_has_are_not_watched(
+    sleeper: subprocess.Popen[bytes],
+) -> None:
+    late: list[object] = []
+    with subprocess.Popen(["true"]) as process:
+        gone = children._process_named(process.pid)
+    recycled = replace(children._process_named(sleeper.pid), start_time=1)
+
+    async def body(subject: Children) -> None:
+        open_before = len(open_links())
+        former = [gone, Process(gone.pid, 0), recycled]
+        assert [subject.watch_former(DEV_ID, hand) for hand in former] == [False] * 3
+        assert (subject.overdue, len(open_links())) == (0, open_before)
+
+    with_children(body, on_late=lambda *what: late.append(what))
+    assert late == []
+
+
+def test_a_former_hand_that_is_a_zombie_has_ended() -> None:
+    with subprocess.Popen(["true"]) as zombie:
+        os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+
+        async def body(subject: Children) -> None:
+            assert not subject.watch_former(DEV_ID, children._process_named(zombie.pid))
+
+        with_children(body)
+
+
+def test_closing_gives_up_watching_former_hands(sleeper: subprocess.Popen[bytes]) -> None:
+    late: list[object] = []
+
+    async def body(subject: Children) -> None:
+        open_before = len(open_links())
+        assert subject.watch_former(DEV_ID, children._process_named(sleeper.pid))
+        subject.close()
+        sleeper.kill()
+        await asyncio.sleep(0.05)
+        assert (late, len(open_links())) == ([], open_before)
 
     with_children(body, on_late=lambda *what: late.append(what))
 
@@ -1374,7 +1627,7 @@ def test_closing_does_not_wait_for_a_hand_that_hangs(
 
     async def body(subject: Children) -> None:
         with pytest.raises(CommandOverdueError):
-            await subject.stop_device(DEV_ID, LOOP0, try_first=False, deadline=0.1)
+            await stop(subject, deadline=0.1)
         began = time.monotonic()
         subject.close()
         assert time.monotonic() - began < 0.5
@@ -1389,9 +1642,9 @@ def test_a_hold_that_comes_before_a_hand_has_the_order_is_heeded() -> None:
 
     async def body(subject: Children) -> None:
         with pytest.raises(DuendeError, match=r"^not done: it is on hold now$"):
-            await subject.stop_device(DEV_ID, LOOP0, try_first=False, deadline=5, may_go=lambda: False)
+            await stop(subject, may_go=lambda _: False)
         assert subject.overdue == 0
-        await subject.stop_device(DEV_ID, LOOP0, try_first=False, deadline=5, may_go=lambda: True)
+        await stop(subject, may_go=lambda _: True)
         assert late == []
 
     with_children(body, on_late=lambda *what: late.append(what))

@@ -493,7 +493,19 @@ def test_a_real_opener_of_a_real_device_is_found_and_this_process_is_not() -> No
 def test_a_real_server_whose_leader_has_exited_is_found_by_its_threads() -> None:
     with a_child(sys.executable, "-c", "import os; fd = os.open('/dev/full', os.O_RDWR)\n" + LEADER_EXITS) as child:
         openers = look({3: Target(3, dev_full())})[3].char_openers
-    assert child.pid in {opener.pid for opener in openers}
+    found = {opener.pid: opener for opener in openers}
+    assert (found[child.pid].has_ring, found[child.pid].may_serve) == (False, False)
+
+
+def test_whether_an_opener_of_the_char_device_has_a_ring_is_seen(machine: Machine) -> None:
+    machine.nodes["/dev/ublkc3"] = Node(stat.S_IFCHR, CHAR)
+    machine.process(811, links={"5": "/dev/ublkc3"})
+    machine.process(812, links={"4": "anon_inode:[io_uring]", "5": "/dev/ublkc3"})
+    machine.process(813, ns=None).joinpath("fd").rmdir()
+    thread = machine.process(813, links={"4": "anon_inode:[io_uring]", "5": "/dev/ublkc3"}, below="task/814")
+    assert thread.exists()
+    openers = {opener.pid: opener.has_ring for opener in machine.look().char_openers}
+    assert openers == {811: False, 812: True, 813: True}
 
 
 def test_a_descriptor_beyond_4_kib_of_path_is_asked_about(tmp_path: Path) -> None:
@@ -641,6 +653,49 @@ def test_a_defect_reaches_the_caller_and_the_thread_goes_on() -> None:
         sweeper.close()
 
     asyncio.run(story())
+
+
+def test_who_joins_waits_for_the_thread_until_the_kernel_has_let_go_of_it() -> None:
+    async def story() -> None:
+        stuck = Stuck()
+        sweeper = Sweeper(stuck)
+        task = Path(f"/proc/self/task/{sweeper._thread.native_id}")
+        assert not sweeper.join(0.02)  # nobody has closed it
+        await sweeper.look({3: UBLK3}, 0.02)
+        sweeper.close()
+        began = time.monotonic()
+        assert not sweeper.join(0.05)
+        assert 0.05 <= time.monotonic() - began < PATIENCE / 2
+        assert task.exists()
+        stuck.let_go.set()
+        assert sweeper.join(PATIENCE)
+        assert not task.exists()
+
+    asyncio.run(story())
+
+
+def test_who_sleeps_in_the_kernel_is_not_looked_for_behind_a_look_that_is_stuck() -> None:
+    async def story() -> None:
+        stuck = Stuck()
+        sweeper = Sweeper(stuck)
+        assert isinstance(await sweeper.look_for_stuck(PATIENCE), tuple)
+        assert sweeper.stuck_at is None
+        await sweeper.look({3: UBLK3}, 0.02)
+        began = time.monotonic()
+        assert await sweeper.look_for_stuck(PATIENCE) == ()
+        assert time.monotonic() - began < PATIENCE / 2
+        stuck.let_go.set()
+        sweeper.close()
+
+    asyncio.run(story())
+
+
+def test_a_look_for_who_sleeps_that_nobody_waits_for_any_more_gives_up() -> None:
+    with pytest.raises(holders.GaveUpError):
+        holders._look_for_stuck(Progress(give_up=True))
+    progress = Progress()
+    holders._look_for_stuck(progress)
+    assert progress.at.startswith("pid ")
 
 
 def test_a_stuck_thread_does_not_keep_the_interpreter_from_exiting() -> None:

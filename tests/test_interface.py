@@ -32,6 +32,7 @@ from duende_ublkd.core.config import Config
 from duende_ublkd.core.errors import ExitCode
 from duende_ublkd.core.holds import Hold, Holds
 from duende_ublkd.kernel import holdfile
+from duende_ublkd.kernel.holders import is_gone
 from duende_ublkd.parts import Parts
 from duende_ublkd.reconcile import Agenda, Reconciler
 from tests.fake_kernel import FakeKernel, Instance, run
@@ -192,7 +193,7 @@ def test_the_parts_of_a_call_are_given_back_with_every_thread_and_descriptor() -
             return parts.children.nursery_pid or 0
         finally:
             await parts.close()
-            interface._wait_until_gone(parts.sweeper._thread)
+            assert parts.sweeper.join(10.0)
 
     interface._have_done(make, 1.0)
     before = descriptors(), tasks()
@@ -231,7 +232,7 @@ def test_an_interrupted_call_ends_gives_everything_back_and_passes_the_interrupt
     with pytest.raises(KeyboardInterrupt):
         interface._have_done(work, 1.0)
     interrupter.join()
-    interface._wait_until_gone(interrupter)
+    assert is_gone(interrupter, 10.0)
     assert undone.is_set()
     assert (descriptors(), tasks()) == before
 

@@ -11,11 +11,13 @@ import pytest
 from duende_ublkd.core.ledger import History, Ledger, Overdue
 from duende_ublkd.core.model import (
     Action,
+    Condition,
     DevInfo,
     Disk,
     Identity,
     KernelState,
     Observation,
+    Process,
     Server,
     Usage,
     Verdict,
@@ -115,6 +117,27 @@ def test_a_death_is_as_of_the_first_word_and_a_recovery_takes_it_back() -> None:
     quiesced = a_look(20, state=KernelState.QUIESCED, disk=DISK)
     assert ledger.record(quiesced).death_seen == 11
     assert ledger.record(live(30)).death_seen is None
+
+
+@pytest.mark.parametrize(
+    "unable", [{"condition": Condition.DYING.value}, {"has_ring": False}, {"alive": False}], ids=str
+)
+def test_who_cannot_serve_is_no_server_and_does_not_keep_a_death_from_being_seen(unable: dict[str, Any]) -> None:
+    opener = replace(OPEN.char_openers[0], **unable)
+    looks = live(10), replace(live(20), server=replace(SERVER, alive=False), usage=Usage(char_openers=(opener,)))
+    history = after(*looks)
+    assert (history.server, history.death_seen, history.phase_since) == (SERVER, 20, 20)
+    assert not history.server_confirmed
+    never = after(replace(live(10), server=opener, usage=Usage(char_openers=(opener,))))
+    assert (never.server, never.server_confirmed) == (None, False)
+
+
+def test_a_server_that_is_killed_and_cannot_end_has_died() -> None:
+    dying = replace(SERVER, condition=Condition.DYING.value)
+    history = after(live(10), replace(live(20), server=dying), replace(live(30), server=dying))
+    assert (history.server, history.death_seen, history.phase_since) == (SERVER, 20, 20)
+    stopped = replace(SERVER, condition=Condition.STOPPED.value)
+    assert after(live(10), replace(live(20), server=stopped)).death_seen is None
 
 
 def test_a_fork_that_serves_is_the_known_server() -> None:
@@ -276,12 +299,22 @@ def test_an_attempt_that_was_under_way_is_abandoned() -> None:
     assert (history.trail.is_running, history.trail.attempts, history.trail.not_before) == (False, 3, 90.0 + OVERRUN)
 
 
-def after_an_overdue(command: str, *, of_look: bool = False) -> Ledger:
-    """Of a daemon that follows the one to which this happened."""
+HAND = Process(812, 5551)
+
+
+def after_a_stop(*, overdue: bool) -> Ledger:
+    """Of a daemon that follows one whose child was stopping this device, past its deadline or not yet."""
     former = a_former_ledger()
-    former.note_overdue(3, command, 25, of_look=of_look)
+    former.note_hand(3, HAND)
+    if overdue:
+        former.note_overdue(3, "STOP_DEV", 25, of_look=False)
     ledger = Ledger()
     ledger.remember(3, written(former))
+    return ledger
+
+
+def seen_after_a_stop(*, overdue: bool = True) -> Ledger:
+    ledger = after_a_stop(overdue=overdue)
     ledger.record(replace(QUIESCED, at=50))
     return ledger
 
@@ -292,21 +325,75 @@ def overdue_of(ledger: Ledger) -> Overdue | None:
     return history.overdue
 
 
-def test_a_command_that_has_not_answered_a_former_daemon_is_remembered_and_a_look_that_has_not_is_not() -> None:
-    assert overdue_of(after_an_overdue("STOP_DEV")) == Overdue("STOP_DEV", 20, of_former=True)
-    assert overdue_of(after_an_overdue("GET_DEV_INFO", of_look=True)) is None
-
-
-@pytest.mark.parametrize("command", ["STOP_DEV", "DEL_DEV"])
-def test_a_stop_of_a_former_daemon_is_over_when_the_device_is_dead_without_a_disk_and_a_deletion_is_not(
-    command: str,
+@pytest.mark.parametrize("overdue", [False, True])
+def test_a_stop_that_a_child_of_a_former_daemon_was_told_is_as_one_that_has_missed_its_deadline(
+    *, overdue: bool
 ) -> None:
-    ledger = after_an_overdue(command)
+    ledger = after_a_stop(overdue=overdue)
+    assert ledger.hand_of_former(3) == HAND
+    ledger.record(replace(QUIESCED, at=50))
+    assert overdue_of(ledger) == Overdue("STOP_DEV", 20, of_former=True)
+    assert ledger.hand_of_former(3) is None  # asked before the first look, and of a former one
+
+
+@pytest.mark.parametrize(
+    ("command", "of_look"), [("DEL_DEV", False), ("DEL_DEV_ASYNC", False), ("open", False), ("GET_DEV_INFO", True)]
+)
+def test_whatever_else_has_not_answered_a_daemon_is_over_with_it_and_not_for_who_looks_beside_it(
+    command: str, *, of_look: bool
+) -> None:
+    former = a_former_ledger()
+    former.note_overdue(3, command, 25, of_look=of_look)
+    assert remembering(written(former), replace(QUIESCED, at=50)).overdue is None
+    beside = Ledger()
+    beside.remember(3, written(former), has_ended=False)
+    kept = beside.record(replace(QUIESCED, at=50)).overdue
+    assert kept == (None if of_look else Overdue(command, 20, of_former=True))
+
+
+@pytest.mark.parametrize("when", ["before the first look", "after it"])
+def test_the_end_of_a_former_daemons_child_ends_what_it_imposed(when: str) -> None:
+    ledger = after_a_stop(overdue=False)
+    if when == "after it":
+        ledger.record(replace(QUIESCED, at=50))
+    ledger.note_answer(3, "DEL_DEV")
+    assert ledger.to_record(3) is None or written(ledger)["hand"] == [812, 5551]
+    ledger.note_answer(3, "STOP_DEV")
+    history = ledger.record(replace(QUIESCED, at=60))
+    assert (history.overdue, history.hand) == (None, None)
+    assert (written(ledger)["hand"], written(ledger)["overdue"]) == (None, None)
+
+
+def test_who_is_told_to_stop_a_device_is_kept_at_once_and_so_is_that_it_has_answered() -> None:
+    ledger = a_former_ledger()
+    kept: list[tuple[int, Any]] = []
+    ledger.keep = lambda dev_id: kept.append((dev_id, written(ledger)["hand"]))
+    ledger.note_hand(3, HAND)
+    ledger.note_hand(4, HAND)  # which nobody knows
+    ledger.note_hand(3, None)
+    assert kept == [(3, [812, 5551]), (3, None)]
+
+
+def test_deletions_that_have_not_answered_are_named_until_they_have_and_stops_are_not() -> None:
+    ledger = Ledger()
+    for dev_id in (9, 3, 5, 7):
+        ledger.record(replace(QUIESCED, dev_id=dev_id))
+    for dev_id, command in ((9, "DEL_DEV"), (3, "DEL_DEV_ASYNC"), (5, "STOP_DEV"), (7, "open")):
+        ledger.note_overdue(dev_id, command, 25, of_look=False)
+    assert ledger.stuck_deletions() == (3, 9)
+    ledger.note_answer(3, "DEL_DEV_ASYNC")
+    assert ledger.stuck_deletions() == (9,)
+    ledger.forget(9)
+    assert ledger.stuck_deletions() == ()
+
+
+def test_a_stop_of_a_former_daemon_is_over_when_the_device_is_dead_without_a_disk() -> None:
+    ledger = seen_after_a_stop()
     for state, disk in ((KernelState.LIVE, None), (KernelState.DEAD, DISK), (None, None)):
-        ledger.record(a_look(60, state=state, disk=disk))
-        assert overdue_of(ledger), (state, disk)
-    ledger.record(a_look(70))
-    assert (overdue_of(ledger) is None) == (command == "STOP_DEV")
+        history = ledger.record(a_look(60, state=state, disk=disk))
+        assert (overdue_of(ledger) is None, history.hand) == (False, HAND), (state, disk)
+    history = ledger.record(a_look(70))
+    assert (history.overdue, history.hand) == (None, None)
 
 
 def test_a_stop_of_this_daemon_is_over_when_it_has_answered_and_not_before() -> None:
@@ -319,9 +406,11 @@ def test_a_stop_of_this_daemon_is_over_when_it_has_answered_and_not_before() -> 
 
 
 def test_a_person_can_say_that_a_command_of_a_former_daemon_is_over() -> None:
-    ledger = after_an_overdue("DEL_DEV")
+    ledger = seen_after_a_stop()
     ledger.forget_overdue(3)
-    assert overdue_of(ledger) is None
+    history = ledger.get(3)
+    assert history
+    assert (history.overdue, history.hand) == (None, None)
     ledger.forget_overdue(4)  # which nobody knows
 
 
@@ -367,6 +456,9 @@ BROKEN: dict[str, Any] = {
     "a trail that began once": RECORD | {"trail": {**RECORD["trail"], "began": "once"}},
     "a trail that waits for nothing": RECORD | {"trail": {**RECORD["trail"], "not_before": None}},
     "a trail that waits for ever": RECORD | {"trail": {**RECORD["trail"], "not_before": float("inf")}},
+    "a hand of one number": RECORD | {"hand": [812]},
+    "a hand that is a text": RECORD | {"hand": "812"},
+    "a hand without numbers": RECORD | {"hand": ["a", "b"]},
     "a time that is no number": RECORD | {"phase_since": float("nan")},
 }
 

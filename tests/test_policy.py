@@ -14,6 +14,7 @@ from duende_ublkd.core.holds import Hold
 from duende_ublkd.core.ledger import History, Overdue
 from duende_ublkd.core.model import (
     Action,
+    Condition,
     DevInfo,
     Disk,
     Feature,
@@ -43,9 +44,15 @@ NOBODY = Usage()
 OPEN = Usage(char_openers=(Server(4122, alive=True, comm="worker"),))
 MOUNTED = Usage(holders=(Holder("mount", "/srv (ext4)"),))
 SWEPT_IN_PART = Usage(complete=False)
-USAGES = (None, NOBODY, OPEN, MOUNTED, SWEPT_IN_PART, replace(OPEN, holders=MOUNTED.holders))
 MODERN = Traits()
 OLD = Traits(async_delete=False, delete_can_be_cancelled=False)
+ONE_STUCK, TWO_STUCK = Traits(stuck=(7,)), Traits(stuck=(7, 9))
+STOPPED = replace(ALIVE, condition=Condition.STOPPED.value)
+DYING = replace(ALIVE, condition=Condition.DYING.value)
+WITHOUT_RING = Server(4123, alive=True, comm="bash", has_ring=False)
+LEAKED = Usage(char_openers=(WITHOUT_RING,))
+DYING_OPENER = Usage(char_openers=(DYING,))
+USAGES = (None, NOBODY, OPEN, MOUNTED, SWEPT_IN_PART, replace(OPEN, holders=MOUNTED.holders), LEAKED, DYING_OPENER)
 DEFAULT = Policy()
 A_WHILE = policy.SETTLING + 1
 
@@ -134,6 +141,34 @@ TRUTH = {
     "served, nobody looked": (replace(LIVE_CASE, server=GONE), "live", "none", "cannot be seen"),
     "just died": (replace(LIVE_CASE, server=GONE, usage=Usage(), phase_for=1.0), "closing", "none", "not noticed yet"),
     "died, not noticed": (replace(LIVE_CASE, server=GONE, usage=Usage()), "wedged", "alert", "leaked descriptor"),
+    "served by one that is stopped": (
+        replace(LIVE_CASE, server=STOPPED),
+        "live",
+        "none",
+        "served by 4121 (ublk.loop), which is stopped",
+    ),
+    "just killed": (replace(LIVE_CASE, server=DYING, usage=NOBODY, phase_for=1.0), "closing", "none", "was killed and"),
+    "killed, without end": (
+        replace(LIVE_CASE, server=DYING, usage=NOBODY),
+        "wedged",
+        "alert",
+        "its server 4121 (ublk.loop) was killed and has not ended since 100 s; one of its threads sleeps",
+    ),
+    "killed, and has it open": (replace(LIVE_CASE, server=DYING, usage=DYING_OPENER), "wedged", "alert", "was killed"),
+    "killed, a fork serves": (replace(LIVE_CASE, server=DYING, usage=OPEN), "live", "none", "4122 (worker)"),
+    "died, open without a ring": (
+        replace(LIVE_CASE, server=GONE, usage=LEAKED),
+        "wedged",
+        "alert",
+        "4123 (bash) has its char device open, and no io_uring to serve it with",
+    ),
+    "died, one of two openers has a ring": (
+        replace(LIVE_CASE, server=GONE, usage=Usage(char_openers=(WITHOUT_RING, *OPEN.char_openers))),
+        "live",
+        "none",
+        "4122 (worker)",
+    ),
+    "served, and open elsewhere without a ring": (replace(LIVE_CASE, usage=LEAKED), "live", "none", "served by 4121"),
     "being stopped": (replace(LIVE_CASE, disk=None, phase_for=1.0), "closing", "none", "disk already gone"),
     "stop without end": (replace(LIVE_CASE, disk=None), "wedged", "alert", "STOP_DEV"),
     "disk to come": (
@@ -154,6 +189,33 @@ TRUTH = {
     "to be recovered": (TO_RECOVER, "unserved", "recover", "attempt 1 of 3"),
     "held, to be recovered": (replace(TO_RECOVER, usage=MOUNTED), "unserved", "recover", "attempt 1 of 3"),
     "taken, to be recovered": (replace(TO_RECOVER, usage=OPEN), "recovering", "none", "has taken its char device"),
+    "to be recovered, open without a ring": (
+        replace(TO_RECOVER, usage=LEAKED),
+        "unserved",
+        "recover",
+        "4123 (bash) has its char device open, and no server can take it before that is closed",
+    ),
+    "unserved, open in one that is dying": (
+        replace(UNSERVED, usage=DYING_OPENER),
+        "unserved",
+        "none",
+        "4121 (ublk.loop) has its char device open",
+    ),
+    "control plane stuck": (
+        Case(traits=TWO_STUCK),
+        "wedged",
+        "alert",
+        "nothing holds it; the control plane is stuck: the deletions of ublk7, ublk9 have not answered",
+    ),
+    "control plane very stuck": (Case(traits=Traits(stuck=(4, 5, 7, 9))), "wedged", "alert", "ublk7 and others have"),
+    "one deletion stuck": (Case(traits=ONE_STUCK), "orphaned", "delete", "device DEAD"),
+    "held, control plane stuck": (Case(usage=MOUNTED, traits=TWO_STUCK), "wedged", "alert", "until mount /srv"),
+    "given up, control plane stuck": (replace(TO_GIVE_UP, traits=TWO_STUCK), "wedged", "alert", "is stuck"),
+    "kept, control plane stuck": (Case(policy=KEEPS, traits=TWO_STUCK), "orphaned", "alert", "device DEAD"),
+    "served, control plane stuck": (replace(LIVE_CASE, traits=TWO_STUCK), "live", "none", "served by 4121"),
+    "unserved, control plane stuck": (replace(UNSERVED, traits=TWO_STUCK), "unserved", "none", "waits for a new"),
+    "to be recovered, control plane stuck": (replace(TO_RECOVER, traits=TWO_STUCK), "unserved", "recover", "attempt 1"),
+    "on hold, control plane stuck": (Case(traits=TWO_STUCK, hold=HOLD), "wedged", "alert", "on hold for 9 min"),
     "recovery runs": (
         replace(TO_RECOVER, trail=NO_TRAIL.begun(NOW - 5, 30)),
         "recovering",
@@ -179,6 +241,18 @@ TRUTH = {
     "to be given up soon": (replace(TO_GIVE_UP, phase_for=59.0), "unserved", "none", "60 s to be recovered in"),
     "given up, held": (replace(TO_GIVE_UP, usage=MOUNTED), "unserved", "alert", "mount /srv (ext4), so it is not"),
     "given up, open": (replace(TO_GIVE_UP, usage=OPEN), "recovering", "none", "has taken its char device"),
+    "given up, open without a ring": (
+        replace(TO_GIVE_UP, usage=LEAKED),
+        "unserved",
+        "alert",
+        "4123 (bash) has its char device open, and no server can take it before that is closed, so it is not deleted",
+    ),
+    "given up, open in one that is dying": (
+        replace(TO_GIVE_UP, usage=DYING_OPENER),
+        "unserved",
+        "alert",
+        "so it is not",
+    ),
     "given up, unsure": (replace(TO_GIVE_UP, usage=SWEPT_IN_PART), "unserved", "alert", "not everybody"),
     "given up, not looked": (replace(TO_GIVE_UP, usage=None), "unserved", "alert", "nobody looked who holds it"),
     "given up, new daemon": (replace(TO_GIVE_UP, daemon_for=59.0), "unserved", "none", "not watched it for its whole"),
@@ -268,7 +342,7 @@ def everything() -> Iterator[Case]:
         (None, DISK),
         ((True, True), (True, False), (False, False)),
         USAGES,
-        (None, ALIVE, GONE),
+        (None, ALIVE, GONE, DYING),
         (False, True),
         times,
     ):
@@ -280,6 +354,7 @@ def everything() -> Iterator[Case]:
             yield replace(case, policy=KEEPS, phase_for=1.0)
             yield replace(case, policy=Policy(setup_grace=0.0, orphan_grace=0.0), phase_for=0.0)
             yield replace(case, traits=OLD)
+            yield replace(case, traits=TWO_STUCK)
             yield replace(case, unprivileged=True, traits=Traits(delete_can_be_cancelled=False))
             yield replace(case, hold=HOLD)
         if server is None and state in (QUIESCED, FAIL_IO):
@@ -297,6 +372,7 @@ def everything() -> Iterator[Case]:
             yield replace(case, policy=GIVES_UP, paused_for=1.0)
             yield replace(case, policy=GIVES_UP, overdue=True)
             yield replace(case, policy=GIVES_UP, hold=HOLD)
+            yield replace(case, policy=GIVES_UP, phase_for=3600.0, traits=TWO_STUCK)
 
 
 def why_hands_off(case: Case) -> list[str]:
@@ -309,6 +385,7 @@ def why_hands_off(case: Case) -> list[str]:
         "overdue": case.overdue,
         "paused": case.paused_for > 0,
         "on hold": case.hold is not None,
+        "would wait behind others": len(case.traits.stuck) > 1,
         **(_why_not_given_up(case, usage) if case.state in (QUIESCED, FAIL_IO) else _why_not_deleted(case, usage)),
     }
     return [reason for reason, so in reasons.items() if so]
@@ -365,7 +442,7 @@ def test_a_command_runs_only_for_a_device_that_waits_for_a_server_and_that_nobod
             assert case.policy.unserved is OnUnserved.RECOVER
             assert case.phase_for >= case.policy.recovery_deadline
             assert case.daemon_for >= min(case.policy.recovery_deadline, 5.0)
-            assert not (case.usage and case.usage.char_openers)
+            assert not (case.usage and any(opener.may_serve for opener in case.usage.char_openers))
             assert not any((case.overdue, case.hold, case.trail.is_running))
             assert case.trail.attempts < RULE.attempts
             assert case.trail.not_before <= NOW

@@ -1,17 +1,20 @@
 """Any history whatever of devices, servers, holders, holds and daemons: nothing in use is deleted, no orphan stays.
 
 The fake kernel takes down whatever speaks against a deed: a server, a holder, a deadline or a hold that is not over, a
-recovery command for a device that is served, two of them at once for one device.
+recovery command for a device that is served, two of them at once for one device. `TestErrors` has the kernel answer
+whatever it is asked with any errno, in such histories; another test goes through all of them one by one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -19,10 +22,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from duende_ublkd.core.config import Config, OnUnserved, Policy, Recovery
 from duende_ublkd.core.errors import BusyError
 from duende_ublkd.core.holds import Hold
-from duende_ublkd.core.model import Feature, Holder, Judged, KernelState, PassReport
+from duende_ublkd.core.model import Action, Feature, Holder, Judged, KernelState, Outcome, PassReport
 from duende_ublkd.core.policy import Traits
 from duende_ublkd.reconcile import Agenda, Reconciler
-from tests.fake_kernel import FakeCommand, FakeKernel, Fault, Instance, VirtualLoop
+from tests.fake_kernel import ERRNOS, Error, FakeCommand, FakeKernel, Fault, Instance, Step, VirtualLoop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,17 +43,36 @@ FAILING = int(Feature.USER_RECOVERY | Feature.USER_RECOVERY_FAIL_IO)
 UNPRIVILEGED = int(Feature.UNPRIVILEGED_DEV)
 DEADLINE = 5.0  # for a new server
 RULE = Recovery(("bring-back", "{id}"), timeout=8.0, attempts=3, backoff=0.5, stable=60.0)
+COMMON_ERRNOS = (
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.EAGAIN,
+    errno.EINTR,
+    errno.EIO,
+    errno.EPERM,
+    errno.ENODEV,
+)
 which = st.integers(min_value=0, max_value=5)
 
 
-class Silent:
-    """A reporter that nobody listens to."""
+class Checking:
+    """A reporter that takes the daemon at its word: what it says was deleted, it has sent a command for."""
+
+    def __init__(self, kernel: FakeKernel) -> None:
+        self._kernel = kernel
+        self._sent_before: dict[int, int] = {}
 
     def intends(self, device: Judged) -> None:
-        pass
+        dev_id = device.seen.dev_id
+        if device.verdict.action is Action.DELETE:
+            self._sent_before[dev_id] = self._kernel.deletions_sent[dev_id]
 
     def passed(self, report: PassReport) -> None:
-        pass
+        for deed in report.deeds:
+            if deed.outcome in (Outcome.DELETED, Outcome.DELETED_STILL_HELD):
+                sent = self._kernel.deletions_sent[deed.dev_id] - self._sent_before[deed.dev_id]
+                assert sent, f"ublk{deed.dev_id} is said to be {deed.outcome}, and no command was sent: {deed.detail}"
 
 
 class Daemon:
@@ -59,21 +81,25 @@ class Daemon:
     def __init__(self, loop: VirtualLoop, kernel: FakeKernel, former: Daemon | None = None) -> None:
         """`former`: whose configuration, holds and records it goes on with."""
         self._agenda = Agenda(loop)
-        self._reconciler = Reconciler(kernel, Config(), Silent(), self._agenda, clock=loop.time)
+        self._reconciler = Reconciler(kernel, Config(), Checking(kernel), self._agenda, clock=loop.time)
         self._found: dict[int, Any] = {}
         if former:
-            self._take_over(former)
+            self._take_over(former, kernel)
         self.task = loop.create_task(self._run())
         kernel.hint = self._agenda.soon
         kernel.on_late = self._on_late
 
-    def _take_over(self, former: Daemon) -> None:
+    def _take_over(self, former: Daemon, kernel: FakeKernel) -> None:
         self.configure(former._reconciler.config)
         for hold in former._reconciler.holds.all():
             self._reconciler.hold(hold)
         self._found = former.records
         for dev_id, record in self._found.items():
-            self._reconciler.ledger.remember(dev_id, json.loads(json.dumps(record)))
+            ledger = self._reconciler.ledger
+            ledger.remember(dev_id, json.loads(json.dumps(record)))
+            hand = ledger.hand_of_former(dev_id)
+            if hand and not kernel.watch_former(dev_id, hand):
+                ledger.note_answer(dev_id, "STOP_DEV")
 
     def configure(self, config: Config) -> None:
         self._reconciler.config = config
@@ -239,6 +265,7 @@ class Histories(RuleBasedStateMachine):
         kernel.sees_everything = True
         kernel.troubles.clear()
         kernel.faults.clear()
+        kernel.errors.clear()
         self.loop.run_until_complete(asyncio.sleep(60))  # what is under way meets its deadline or its end
         for instance in list(kernel.taken.values()):
             if instance.overdue:
@@ -495,3 +522,82 @@ class Histories(RuleBasedStateMachine):
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(PROFILE, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+
+
+class HistoriesWithErrors(Histories):
+    """The same, and whatever is asked of the kernel may be answered with any errno, once or for a while."""
+
+    @rule(
+        step=st.sampled_from(Step),
+        number=st.sampled_from(ERRNOS),
+        times=st.sampled_from([1, 2, 5, 100]),
+        works=st.booleans(),
+    )
+    def the_kernel_will_answer_with_an_error(self, step: Step, number: int, times: int, *, works: bool) -> None:
+        self.kernel.errors[step] = Error(number, times, works)
+
+    @rule(steps=st.sets(st.sampled_from(Step), min_size=2), number=st.sampled_from(COMMON_ERRNOS))
+    def the_machine_is_short_of_something(self, steps: set[Step], number: int) -> None:
+        self.kernel.errors |= {step: Error(number, 20) for step in steps}
+
+    @rule()
+    def the_kernel_answers_properly_again(self) -> None:
+        self.kernel.errors.clear()
+
+
+TestErrors = HistoriesWithErrors.TestCase
+TestErrors.settings = settings(
+    PROFILE,
+    max_examples=PROFILE.max_examples * 3 // 5,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+
+
+@pytest.mark.parametrize("step", Step)
+def test_no_errno_of_any_command_costs_a_device_in_use_or_leaves_an_orphan(step: Step) -> None:
+    for number in ERRNOS:
+        _go_through(step, Error(number, times=30))
+    for number in COMMON_ERRNOS:
+        _go_through(step, Error(number, times=1))
+        _go_through(step, Error(number, times=2, works=True))
+
+
+def _go_through(step: Step, error: Error) -> None:
+    """A device of each kind, three deaths, an error for as long as it comes; and at the end all is as it should be."""
+    loop = VirtualLoop()
+    kernel = FakeKernel(loop)
+    kernel.recovery_deadline = DEADLINE
+    daemon = Daemon(loop, kernel)
+    unserved, rule = (OnUnserved.RECOVER, RULE) if step is Step.CHILD else (OnUnserved.DELETE, None)
+    daemon.configure(Config(policy=Policy(unserved=unserved, recovery_deadline=DEADLINE, recover=rule)))
+    what = (
+        f"{step.value}: {errno.errorcode.get(error.number, error.number)}, {error.times:g} times, works: {error.works}"
+    )
+    try:
+        served, doomed, recoverable, held = (kernel.serve(flags=flags) for flags in (PLAIN, PLAIN, QUEUEING, QUEUEING))
+        kernel.hold(held, Holder("mount", "/srv (ext4)"))
+        loop.run_until_complete(asyncio.sleep(1))
+        for instance in (doomed, recoverable, held):
+            kernel.kill(instance.adder)
+        loop.run_until_complete(asyncio.sleep(0.3))
+        kernel.errors[step] = error
+        loop.run_until_complete(asyncio.sleep(2 * DEADLINE))
+        kernel.errors.clear()
+        for instance in (recoverable, held):  # attempts that the errors have used up
+            daemon.release(instance.dev_id)
+        until = loop.time() + LONGEST_WAIT
+        while not (_is_done(recoverable, rule) and _is_done(doomed, None)) and not daemon.task.done():
+            assert loop.time() < until, f"{what}: left are {kernel.taken}"
+            loop.run_until_complete(asyncio.sleep(RESYNC / 10))
+        if daemon.task.done():
+            daemon.task.result()
+        assert kernel.violations == [], what
+        assert is_served(served), what
+        assert held.listed, what
+    finally:
+        loop.run_until_complete(daemon.die())
+        loop.close()
+
+
+def _is_done(instance: Instance, rule: Recovery | None) -> bool:
+    return is_served(instance) if rule else not instance.listed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,7 @@ import pytest
 from duende_ublkd.core.config import Config, DaemonConfig, load
 from duende_ublkd.core.model import Action, Feature, Outcome, VerdictKind
 from duende_ublkd.core.policy import Traits
-from duende_ublkd.deeds import MOST_DELETIONS
+from duende_ublkd.deeds import _MOST_SENT, MOST_DELETIONS
 from duende_ublkd.reconcile import Agenda, Reconciler
 from tests.bench import MOUNT, RESYNC, Bench, Recorder, deleting, on_the_bench, recovering
 from tests.fake_kernel import DEADLINE, FakeKernel, Fault, VirtualLoop, run
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from duende_ublkd.core.model import Observation
+    from tests.fake_kernel import Instance
 
 CAREFUL_DRY_RUN = Config(daemon=DaemonConfig(dry_run=True))
 
@@ -267,6 +269,168 @@ def test_an_overdue_deletion_makes_it_wedged_and_nothing_more_is_sent_until_that
         bench.kernel.answer(orphan, works=False)
         await bench.wait(1)
         assert not bench.is_there(orphan)
+
+    on_the_bench(test)
+
+
+# --- a control plane that is stuck
+
+
+async def two_stuck(bench: Bench) -> tuple[Instance, Instance]:
+    """Deletions without an answer, past their deadlines."""
+    one, other = [await bench.a_live_device() for _ in range(2)]
+    for each in (one, other):
+        bench.kernel.faults[each.dev_id] = Fault.OVERDUE
+        bench.kernel.kill(each.openers[0])
+    await bench.wait(1 + DEADLINE)
+    assert [bench.rule(each) for each in (one, other)] == ["overdue", "overdue"]
+    return one, other
+
+
+def test_behind_two_deletions_without_an_answer_the_others_wait_until_one_of_them_has_answered() -> None:
+    async def test(bench: Bench) -> None:
+        one, other = await two_stuck(bench)
+        orphans = [await bench.an_orphan() for _ in range(6)]
+        await bench.wait(3600)
+        assert {(bench.verdict(each), bench.rule(each)) for each in orphans} == {(VerdictKind.WEDGED, "control-plane")}
+        assert f"the deletions of ublk{one.dev_id}, ublk{other.dev_id} have not answered" in bench.reason(orphans[0])
+        assert bench.kernel.deletions_sent == {one.dev_id: 1, other.dev_id: 1}
+        assert bench.recorder.announced == [one.dev_id, other.dev_id]
+        bench.kernel.answer(one, works=True)
+        await bench.wait(1)
+        assert not any(bench.is_there(each) for each in (one, *orphans))
+        assert bench.rule(other) == "overdue"
+
+    on_the_bench(test)
+
+
+def test_one_deletion_without_an_answer_holds_back_nobody_else() -> None:
+    async def test(bench: Bench) -> None:
+        stuck = await bench.an_orphan()
+        bench.kernel.faults[stuck.dev_id] = Fault.OVERDUE
+        await bench.wait(1 + DEADLINE)
+        orphans = [await bench.an_orphan() for _ in range(6)]
+        await bench.wait(2)
+        assert bench.rule(stuck) == "overdue"
+        assert not any(bench.is_there(each) for each in orphans)
+
+    on_the_bench(test)
+
+
+def test_a_control_plane_that_is_stuck_changes_nothing_for_who_is_served_and_devices_are_still_recovered() -> None:
+    async def test(bench: Bench) -> None:
+        await two_stuck(bench)
+        live = await bench.a_live_device()
+        unserved = await bench.an_unserved_device()
+        await bench.wait(4)
+        assert (bench.verdict(live), bench.verdict(unserved)) == (VerdictKind.LIVE, VerdictKind.UNSERVED)
+        await bench.wait(4)
+        assert [command.dev_id for command in bench.kernel.commands] == [unserved.dev_id]
+        assert (bench.verdict(live), bench.verdict(unserved)) == (VerdictKind.LIVE, VerdictKind.LIVE)
+
+    on_the_bench(test, recovering(deadline=5.0))
+
+
+def test_what_waits_for_a_server_is_not_stopped_while_its_deletion_could_not_follow() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.recovery_deadline = 60.0
+        one, _ = await two_stuck(bench)
+        device = await bench.an_unserved_device()
+        await bench.wait(50)
+        assert bench.verdict(device) is VerdictKind.UNSERVED
+        await bench.wait(3600)
+        assert bench.rule(device) == "control-plane"
+        assert bench.kernel.stops == []
+        bench.kernel.answer(one, works=False)
+        await bench.wait(2)
+        assert bench.kernel.stops == [device]
+
+    on_the_bench(test, deleting())
+
+
+def test_no_more_than_a_few_deletions_are_in_the_kernel_at_once() -> None:
+    async def test(bench: Bench) -> None:
+        orphans = [await bench.a_live_device() for _ in range(20)]
+        for each in orphans:
+            bench.kernel.deletion_takes[each.dev_id] = 1.0
+            bench.kernel.kill(each.openers[0])
+        most = 0
+        while len(bench.kernel.deletions) < len(orphans):
+            await bench.wait(0.01)
+            most = max(most, bench.kernel.deletions_sent.total() - len(bench.kernel.deletions))
+        assert most == _MOST_SENT
+
+    on_the_bench(test)
+
+
+def test_when_every_deletion_hangs_few_are_sent_before_the_rest_wait() -> None:
+    """The first one that misses its deadline makes room for one more; from the second on nothing is sent."""
+
+    async def test(bench: Bench) -> None:
+        orphans = [await bench.a_live_device() for _ in range(20)]
+        for each in orphans:
+            bench.kernel.faults[each.dev_id] = Fault.OVERDUE
+            bench.kernel.kill(each.openers[0])
+        await bench.wait(3600)
+        assert bench.kernel.deletions_sent.total() <= _MOST_SENT + 1
+        rules = Counter(bench.rule(each) for each in orphans)
+        assert rules["overdue"] == bench.kernel.deletions_sent.total()
+        assert rules["overdue"] + rules["control-plane"] == len(orphans)
+
+    on_the_bench(test)
+
+
+# --- who sleeps in the kernel
+
+
+def counting_looks_for_stuck(bench: Bench) -> list[float]:
+    """When it was looked for, from now on."""
+    times: list[float] = []
+    look = bench.kernel.look_for_stuck
+
+    async def look_and_count() -> tuple[str, ...]:
+        times.append(bench.now)
+        return await look()
+
+    bench.kernel.look_for_stuck = look_and_count  # type: ignore[method-assign]  # counted
+    return times
+
+
+def test_who_sleeps_in_the_kernel_is_looked_for_when_something_is_wedged_and_only_now_and_again() -> None:
+    async def test(bench: Bench) -> None:
+        times = counting_looks_for_stuck(bench)
+        orphan = await bench.a_live_device()
+        await bench.wait(600)
+        assert times == []
+        bench.kernel.faults[orphan.dev_id] = Fault.OVERDUE
+        bench.kernel.kill(orphan.openers[0])
+        await bench.wait(1 + DEADLINE)
+        assert len(times) == 1
+        await bench.wait(600)
+        assert 10 <= len(times) <= 21
+        assert all(later - earlier >= 30.0 for earlier, later in itertools.pairwise(times))
+        bench.kernel.answer(orphan, works=True)
+        await bench.wait(1)
+        looked = len(times)
+        await bench.wait(600)
+        assert len(times) == looked
+
+    on_the_bench(test)
+
+
+def test_who_sleeps_in_the_kernel_is_told_with_the_verdict_and_stays_known_as_long_as_that() -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan()
+        bench.kernel.faults[orphan.dev_id] = Fault.OVERDUE
+        await bench.wait(1 + DEADLINE)
+        (told,) = [each for each in bench.recorder.changed if each.verdict.kind is VerdictKind.WEDGED]
+        assert told.stuck == ("somebody in DEL_DEV_ASYNC",)
+        await bench.wait(17)  # some passes later, none of which has looked
+        assert bench.reconciler.devices[orphan.dev_id].stuck == told.stuck
+        bench.hold(orphan, 3600)
+        bench.kernel.answer(orphan, works=False)
+        await bench.wait(1)
+        assert bench.reconciler.devices[orphan.dev_id].stuck == ()
 
     on_the_bench(test)
 
@@ -696,9 +860,10 @@ def test_a_stop_that_misses_its_deadline_makes_it_wedged_and_nothing_is_sent_beh
     on_the_bench(test, GIVES_UP)
 
 
+@pytest.mark.parametrize("heard", [False, True])
 @pytest.mark.parametrize("works", [False, True])
 def test_a_stop_of_a_former_daemon_that_has_not_answered_is_remembered_until_it_is_done_or_a_person_says_so(
-    works: bool,  # noqa: FBT001
+    *, works: bool, heard: bool
 ) -> None:
     async def test(bench: Bench) -> None:
         bench.kernel.recovery_deadline = 60.0
@@ -712,14 +877,65 @@ def test_a_stop_of_a_former_daemon_that_has_not_answered_is_remembered_until_it_
             assert "STOP_DEV has not answered" in bench.reason(device)
         assert bench.recorder.announced == [device.dev_id]
         assert (bench.kernel.stops, bench.kernel.deletions) == ([], [])
-        bench.kernel.answer(device, works=works)  # which nobody hears
+        device.answer_is_heard = heard
+        bench.kernel.answer(device, works=works)
         await bench.wait(2 * RESYNC)
-        if not works:
+        if not works and not heard:
             assert bench.rule(device) == "overdue"
             bench.reconciler.release(device.dev_id)
-            await bench.wait(2)
-            assert bench.kernel.stops == [device]
+        await bench.wait(60 + RESYNC)  # this daemon has to watch the deadline itself
+        assert bench.kernel.stops == ([] if works else [device])
         assert not bench.is_there(device)
+
+    on_the_bench(test, GIVES_UP)
+
+
+def test_a_stop_whose_child_has_ended_with_its_daemon_is_forgotten_and_sent_again() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.recovery_deadline = 60.0
+        device = await bench.an_unserved_device()
+        bench.kernel.faults[device.dev_id] = Fault.STOP_OVERDUE
+        await bench.wait(62 + DEADLINE)
+        device.hand = None
+        await bench.restart()
+        await bench.wait(30)
+        assert bench.rule(device) == "not-yet-given-up"
+        await bench.wait(60)
+        assert bench.kernel.stops == [device]
+        assert not bench.is_there(device)
+
+    on_the_bench(test, GIVES_UP)
+
+
+def test_who_stops_a_device_is_written_down_before_the_stop_and_again_after_it() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.recovery_deadline = 60.0
+        device = await bench.an_unserved_device()
+        kept: list[tuple[bool, bool]] = []
+        ledger = bench.reconciler.ledger
+
+        def keep(dev_id: int) -> None:
+            record = ledger.to_record(dev_id)
+            assert record
+            kept.append((record["hand"] is not None, bench.kernel.stops == [device]))
+
+        ledger.keep = keep
+        await bench.wait(62)
+        assert kept == [(True, False), (False, True)]
+
+    on_the_bench(test, GIVES_UP)
+
+
+def test_a_stop_that_somebodys_hold_on_the_disk_prevents_leaves_no_child_in_the_record() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.recovery_deadline = 60.0
+        device = await bench.an_unserved_device()
+        device.hidden_holder = True
+        await bench.wait(62)
+        assert set(bench.recorder.outcomes) == {Outcome.SPARED}
+        record = bench.reconciler.ledger.to_record(device.dev_id)
+        assert record
+        assert record["hand"] is None
 
     on_the_bench(test, GIVES_UP)
 
@@ -737,18 +953,15 @@ def test_a_release_takes_back_no_deadline_whose_answer_this_daemon_will_hear() -
     on_the_bench(test)
 
 
-def test_a_deletion_of_a_former_daemon_that_has_not_answered_is_not_sent_again_before_a_person_says_so() -> None:
+def test_a_deletion_that_has_not_answered_is_over_with_its_daemon_and_the_next_one_begins_anew() -> None:
     async def test(bench: Bench) -> None:
         orphan = await bench.an_orphan()
         bench.kernel.faults[orphan.dev_id] = Fault.OVERDUE
         await bench.wait(1 + DEADLINE)
-        await bench.restart()
-        await bench.wait(3600)
         assert bench.rule(orphan) == "overdue"
-        assert bench.recorder.announced == [orphan.dev_id]
-        bench.kernel.answer(orphan, works=False)
-        bench.reconciler.release(orphan.dev_id)
-        await bench.wait(1)
+        await bench.restart()
+        await bench.wait(RESYNC)
+        assert bench.recorder.announced == [orphan.dev_id, orphan.dev_id]
         assert not bench.is_there(orphan)
 
     on_the_bench(test)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from duende_ublkd.core.model import (
     Deed,
     DevInfo,
     Disk,
+    Event,
     Holder,
     Identity,
     Judged,
@@ -27,6 +29,7 @@ from duende_ublkd.core.model import (
     Verdict,
     VerdictKind,
 )
+from duende_ublkd.core.policy import WHAT_WOULD_CHANGE_IT
 from duende_ublkd.core.text import printable
 from duende_ublkd.report import present
 from duende_ublkd.report.journal import Journal, Outlet
@@ -96,6 +99,54 @@ def test_each_change_is_one_line_with_the_sentence(lines: list[tuple[str, str]])
             "ublk3 deleted: server 7 (loop) died, device DEAD; id free again after 3 ms, 512 ms after the death was seen",
         ),
     ]
+
+
+ASLEEP = "iou-wrk-412 (pid 412) in blk_mq_freeze_queue_wait, del_gendisk, ublk_stop_dev"
+
+
+def a_wedged_device(*stuck: str, rule: str = "overdue") -> Judged:
+    device = a_device(kind=VerdictKind.WEDGED, reason="STOP_DEV has not answered for 11 s")
+    return replace(device, verdict=replace(device.verdict, action=Action.ALERT, rule=rule), stuck=stuck)
+
+
+def test_a_wedged_device_is_told_of_with_who_sleeps_in_the_kernel_and_what_it_takes(
+    lines: list[tuple[str, str]],
+) -> None:
+    events: list[Event] = []
+    device = a_wedged_device(ASLEEP, "dd (pid 7) in io_schedule, bdev_open")
+    Journal(events.append).passed(a_report(device, changed=(device,)))
+    ((level, line),) = lines
+    start = f"ublk3 is wedged: STOP_DEV has not answered for 11 s; asleep in the kernel: {ASLEEP}; dd (pid 7) in"
+    assert (level, line[: len(start)]) == ("WARNING", start)
+    assert "; what it takes: the command's answer" in line
+    assert [event.facts["stuck"] for event in events] == [
+        list(device.stuck)
+    ] * 2  # the verdict, and that it calls somebody
+    assert events[0].text == line
+
+
+def test_a_wedged_device_with_nobody_to_be_seen_asleep_is_told_of_without_them(lines: list[tuple[str, str]]) -> None:
+    device = a_wedged_device(rule="control-plane")
+    Journal().passed(a_report(device, changed=(device,)))
+    assert "asleep" not in lines[0][1]
+    assert "what it takes: the end of whatever holds ublk_ctl_mutex" in lines[0][1]
+
+
+def test_every_reason_to_be_wedged_fits_a_line_of_the_journal_with_what_it_takes(lines: list[tuple[str, str]]) -> None:
+    journal = Journal()
+    for rule, remedy in WHAT_WOULD_CHANGE_IT.items():
+        device = a_wedged_device(rule=rule)
+        journal.passed(a_report(device, changed=(device,)))
+        assert lines[-1][1].endswith(remedy), rule
+
+
+def test_who_sleeps_in_the_kernel_is_in_the_json_and_in_the_explanation_of_a_wedged_device() -> None:
+    device = a_wedged_device(ASLEEP)
+    assert present.as_object(device)["stuck"] == [ASLEEP]
+    assert re.search(rf"^  asleep: +{re.escape(ASLEEP)}$", present.explain(explained(device)), re.MULTILINE)
+    nobody = present.explain(explained(a_wedged_device()))
+    assert re.search(r"^  asleep: +nobody that can be seen$", nobody, re.MULTILINE)
+    assert re.search(r"^  asleep: +not looked for$", present.explain(explained(a_device())), re.MULTILINE)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +260,7 @@ def test_the_json_has_every_field_of_the_contract() -> None:
         "owner_uid": 0,
         "server": {"pid": 7, "alive": True, "comm": "loop", "exe": "/usr/bin/loop", "unit": "disk.service"},
         "holders": [{"kind": "mount", "what": "/srv (ext4)"}],
+        "stuck": [],
         "since": "",
         "block_device": "/dev/ublkb3",
         "char_device": "/dev/ublkc3",

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from duende_ublkd.core.errors import CommandOverdueError, KernelUnavailableError
-from duende_ublkd.kernel import abi, ring
+from duende_ublkd.core.errors import CommandError, CommandOverdueError, KernelUnavailableError
+from duende_ublkd.kernel import abi, binding, ring
 from duende_ublkd.kernel.ring import Completion, Ring
 
 IORING_OP_READ = 22
@@ -32,6 +32,18 @@ NULL_COMMAND = 0x7500
 def short_graces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ring, "CANCEL_GRACE", 0.05)
     monkeypatch.setattr(ring, "CLOSE_GRACE", 0.05)
+
+
+@pytest.fixture(autouse=True)
+def reads(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Let the rings of these tests read from pipes, which the daemon's cannot."""
+    if "confined" not in request.fixturenames:
+        monkeypatch.setattr(ring, "OPERATIONS", (*ring.OPERATIONS, IORING_OP_READ))
+
+
+@pytest.fixture
+def confined() -> None:
+    """Rings as the daemon has them."""
 
 
 @pytest.fixture
@@ -316,7 +328,7 @@ def test_what_finds_no_room_before_its_deadline_is_never_sent(null: int, pipe: P
     async def body(subject: Ring) -> None:
         blocking = [asyncio.create_task(read(subject, pipe, deadline=None, buffer=Buffer(1))) for _ in range(4)]
         await until(lambda: subject.stats.in_flight == 4)
-        with pytest.raises(CommandOverdueError):
+        with pytest.raises(CommandError, match="not sent"):
             await null_command(subject, null, deadline=0.02)
         assert subject.stats.overdue == 0
         waiting = asyncio.create_task(null_command(subject, null))
@@ -359,7 +371,7 @@ def test_an_entry_whose_caller_has_gone_before_the_kernel_took_it_does_nothing(p
     async def body(subject: Ring) -> None:
         assert isinstance(subject, BusyKernelRing)
         gone = asyncio.create_task(read(subject, pipe, deadline=None))
-        with pytest.raises(CommandOverdueError):
+        with pytest.raises(CommandError, match="not sent"):
             await read(subject, pipe, deadline=0.02)
         gone.cancel()
         os.write(pipe.writer, b"not to be read")
@@ -512,3 +524,66 @@ def test_no_ring_is_explained_with_what_to_type_next() -> None:
     message, hint = ring._why_no_ring(errno.EPERM)
     assert "io_uring is disabled" in message
     assert hint.startswith("sysctl kernel.io_uring_disabled=0")
+
+
+IORING_OP_OPENAT, IORING_OP_WRITE, IORING_OP_SOCKET = 18, 23, 45
+
+
+@pytest.mark.usefixtures("confined")
+def test_the_daemons_ring_carries_nothing_but_what_it_needs(null: int, pipe: Pipe) -> None:
+    os.write(pipe.writer, b"x")
+    buffer = Buffer()
+
+    async def body(subject: Ring) -> None:
+        assert subject.is_confined
+        for operation in (IORING_OP_READ, IORING_OP_WRITE, IORING_OP_OPENAT, IORING_OP_SOCKET):
+            number = next(subject._numbers)
+            entry = bytearray(abi.pack_sqe(operation, pipe.reader, number, addr=buffer.address))
+            struct.pack_into("=I", entry, 24, 1)
+            answer = await subject._perform(ring._Flight("ANY", None, number, bytes(entry), buffer), 5)
+            assert answer == Completion(-errno.EACCES)
+        assert await null_command(subject, null) == Completion(0)
+
+    with_ring(body)
+    assert buffer.memory.raw[:1] == b"\0"
+
+
+@pytest.mark.usefixtures("confined")
+def test_nothing_can_be_registered_with_the_daemons_ring_any_more() -> None:
+    async def body(subject: Ring) -> None:
+        event = os.eventfd(0)
+        try:
+            with pytest.raises(PermissionError):
+                binding.checked(binding.register.io_uring_register_eventfd, subject._ring, event)
+            assert binding._register(subject._ring.ring_fd, binding._REGISTER_RESTRICTIONS, None, 0) != 0
+        finally:
+            os.close(event)
+
+    with_ring(body)
+
+
+def test_the_childrens_ring_carries_nothing_but_commands(null: int) -> None:
+    subject = binding.WaitingRing()
+    try:
+        assert subject.is_confined
+        assert subject.perform(null, abi.pack_sqe(abi.IORING_OP_NOP, -1, 1)) == -errno.EACCES
+        assert subject.perform(null, abi.pack_sqe(abi.IORING_OP_URING_CMD, -1, 2, cmd_op=NULL_COMMAND)) == 0
+    finally:
+        subject.close()
+
+
+def test_a_ring_that_the_kernel_cannot_restrict_works_without_and_says_so(null: int) -> None:
+    """The kernel refuses a list that is longer than there are kinds of restrictions; so would one that knows none."""
+    made = binding.set_up(4)
+    try:
+        assert binding.confine(made.ring_fd, [abi.IORING_OP_NOP] * 200) is False
+        entries = binding.map_entries(made.ring_fd, 4)
+        binding.queue.io_uring_get_sqe(made)
+        entries[: abi.SQE_SIZE] = abi.pack_sqe(abi.IORING_OP_URING_CMD, null, 1, cmd_op=NULL_COMMAND)
+        assert binding.checked(binding.queue.io_uring_submit, made) == 1
+        answer = binding.queue.io_uring_cqe()
+        assert binding.queue.io_uring_wait_cqe(made, answer) == 0
+        assert answer.res == 0
+        entries.close()
+    finally:
+        binding.queue.io_uring_queue_exit(made)

@@ -6,8 +6,10 @@ import asyncio
 import errno
 import os
 import platform
+import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from duende_ublkd.core.model import Condition
 from duende_ublkd.core.text import printable
-from duende_ublkd.kernel.servers import DeathWatch, inspect, is_alive, start_time_of, unit_of
+from duende_ublkd.kernel import servers
+from duende_ublkd.kernel.binding import WaitingRing
+from duende_ublkd.kernel.servers import DeathWatch, condition_of, has_ring, inspect, is_alive, start_time_of, unit_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -150,10 +155,123 @@ def test_a_server_whose_leader_has_exited_lives_as_long_as_its_threads() -> None
         assert seen.alive is True
 
 
+def the_condition(pid: int) -> str:
+    seen = inspect(pid)
+    assert seen is not None
+    return seen.condition
+
+
+def wait_for_condition(pid: int, condition: Condition) -> None:
+    until = time.monotonic() + PATIENCE
+    while the_condition(pid) != condition.value:
+        assert time.monotonic() < until, the_condition(pid)
+
+
+def test_a_process_that_is_stopped_is_seen_to_be_and_is_well_again_when_it_goes_on() -> None:
+    with a_child() as child:
+        assert the_condition(child.pid) == Condition.WELL.value
+        child.send_signal(signal.SIGSTOP)
+        wait_for_condition(child.pid, Condition.STOPPED)
+        child.send_signal(signal.SIGCONT)
+        wait_for_condition(child.pid, Condition.WELL)
+
+
+def test_neither_a_zombie_nor_a_server_whose_leader_has_exited_is_dying() -> None:
+    with a_zombie() as pid:
+        assert the_condition(pid) == Condition.WELL.value
+    with a_child(sys.executable, "-c", LEADER_EXITS) as child:
+        seen = inspect(child.pid)
+        assert seen is not None
+        assert (seen.condition, seen.may_serve) == (Condition.WELL.value, True)
+
+
+def a_stat(state: bytes, *, flags: int = 0x400040, exit_code: int = 0, comm: bytes = b"ublk.loop") -> bytes:
+    """52 fields, as /proc/PID/stat has them."""
+    middle = b"0 " * 12 + b"4242 " + b"0 " * 29
+    return b"812 (%s) %s 1 812 812 0 -1 %d %s%d\n" % (comm, state, flags, middle, exit_code)
+
+
+@pytest.mark.parametrize(
+    ("stat", "condition"),
+    [
+        (a_stat(b"S"), Condition.WELL),
+        (a_stat(b"R"), Condition.WELL),
+        (a_stat(b"D"), Condition.WELL),
+        (a_stat(b"T", exit_code=19), Condition.STOPPED),
+        (a_stat(b"t", exit_code=5), Condition.STOPPED),
+        (a_stat(b"D", exit_code=9), Condition.DYING),  # killed, and waits in do_exit() for its io_uring
+        (a_stat(b"S", exit_code=9), Condition.DYING),
+        (a_stat(b"D", exit_code=256), Condition.DYING),  # exit_group(1)
+        (a_stat(b"D", flags=0x400044), Condition.DYING),  # PF_EXITING, its exit code not to be told
+        (a_stat(b"Z", flags=0x40004C, exit_code=0), Condition.WELL),
+        (a_stat(b"S", comm=b"x) D 1 1 1 1 4"), Condition.WELL),
+        (a_stat(b"S", comm=b"x) T"), Condition.WELL),
+        (a_stat(b"D", exit_code=9)[:-3], Condition.WELL),  # a kernel that tells less
+        (b"", Condition.WELL),
+    ],
+)
+def test_the_condition_is_what_state_flags_and_exit_code_say_together(stat: bytes, condition: Condition) -> None:
+    assert condition_of(stat) is condition
+
+
+def test_the_stat_of_these_tests_is_like_that_of_the_kernel() -> None:
+    real = Path("/proc/self/stat").read_bytes()
+    assert len(a_stat(b"S").split()) == len(real.split(b") ")[-1].split()) + 2
+    assert start_time_of(a_stat(b"S")) == 4242
+    assert condition_of(real) is Condition.WELL
+
+
+# --- a ring ----------------------------------------------------------------------------------------------------------
+
+HAS_RING = """
+import sys
+from duende_ublkd.kernel.binding import WaitingRing
+ring = WaitingRing()
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def may_have_rings() -> None:
+    try:
+        WaitingRing().close()
+    except OSError as error:
+        pytest.skip(f"no io_uring here: {error.strerror}")
+
+
+@pytest.mark.usefixtures("may_have_rings")
+def test_a_process_with_a_ring_is_told_from_one_without() -> None:
+    with a_child(sys.executable, "-c", HAS_RING) as with_ring, a_child() as without:
+        assert has_ring(f"/proc/{with_ring.pid}") is True
+        assert has_ring(f"/proc/{without.pid}") is False
+
+
+@pytest.mark.usefixtures("may_have_rings")
+def test_a_ring_of_a_server_whose_leader_has_exited_is_seen_at_its_threads_alone() -> None:
+    with a_child(sys.executable, "-c", HAS_RING.partition("print")[0] + LEADER_EXITS) as child:
+        others = [task for task in Path(f"/proc/{child.pid}/task").iterdir() if task.name != str(child.pid)]
+        assert [has_ring(task) for task in others] == [True]
+        assert has_ring(f"/proc/{child.pid}") is None
+
+
+def test_whether_it_has_a_ring_is_not_known_of_one_that_has_gone_or_has_too_much_open(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert has_ring(f"/proc/{a_dead_pid()}") is None
+    with a_child() as child:
+        monkeypatch.setattr(servers, "_MOST_DESCRIPTORS", 2)
+        assert has_ring(f"/proc/{child.pid}") is None
+    (tmp_path / "fd").mkdir()
+    (tmp_path / "fd" / "3").touch()  # not a link: an error like any other
+    assert has_ring(tmp_path) is None
+
+
 def test_looking_at_processes_leaves_no_descriptor_behind() -> None:
     before = open_descriptors()
     for pid in (os.getpid(), a_dead_pid(), 1, 2, -1):
         inspect(pid)
+        has_ring(f"/proc/{pid}")
     assert open_descriptors() == before
 
 
@@ -181,6 +299,7 @@ def test_no_name_can_forge_the_start_time(comm: bytes, start: int) -> None:
 def test_no_text_of_a_process_makes_a_parser_fail(text: bytes) -> None:
     assert isinstance(unit_of(text), str)
     assert start_time_of(text) >= 0
+    assert condition_of(text) in Condition
 
 
 @pytest.mark.parametrize(

@@ -317,7 +317,7 @@ def test_an_event_of_no_finite_time_gets_the_time_of_its_arrival(place: Path) ->
 # --- who may, and where ------------------------------------------------------------------------------------------------
 
 
-def test_the_file_is_for_its_owner_and_group_and_the_writer_is_a_process_like_any_other(place: Path) -> None:
+def test_the_file_is_for_its_owner_alone_and_the_writer_is_a_process_like_any_other(place: Path) -> None:
     async def scenario() -> None:
         Path("/proc/self/oom_score_adj").write_text("100")
         try:
@@ -328,12 +328,12 @@ def test_the_file_is_for_its_owner_and_group_and_the_writer_is_a_process_like_an
                 ours = (str(place), "socket:", "/dev/null")
                 assert all(link.startswith(ours) for link in links), links
                 assert "VmLck:\t       0 kB" in (process / "status").read_text()
-                assert [stat.st_mode & 0o777 for stat in map(Path.stat, place.iterdir())] == [0o640] * 3
+                assert [stat.st_mode & 0o777 for stat in map(Path.stat, place.iterdir())] == [0o600] * 3
         finally:
             Path("/proc/self/oom_score_adj").write_text("0")
 
     run(scenario())
-    assert place.stat().st_mode & 0o777 == 0o750
+    assert place.stat().st_mode & 0o777 == 0o700
 
 
 def test_the_daemon_has_no_sqlite_and_the_writer_no_asyncio() -> None:
@@ -376,6 +376,117 @@ def test_a_directory_that_others_can_write_or_own_is_refused(place: Path) -> Non
     os.chown(place, NOBODY, 0)
     assert f"belongs to uid {NOBODY}" in run(trouble())
     assert list(place.iterdir()) == []
+
+
+def _replace_by_link(path: Path) -> None:
+    path.rename(path.with_name("elsewhere"))
+    path.symlink_to("elsewhere")
+
+
+def _replace_by_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _replace_by_file(path: Path) -> None:
+    shutil.rmtree(path)
+    path.touch()
+
+
+@pytest.mark.parametrize("which", ["journal.sqlite", "journal.sqlite-wal", "journal.sqlite-shm"])
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda path: path.chmod(0o660), "can be written by others (mode 0660): chmod go-w "),
+        (lambda path: os.chown(path, NOBODY, -1), f"belongs to uid {NOBODY}: chown 0 "),
+        (lambda path: path.with_name("other").hardlink_to(path), "has another name somewhere"),
+        (_replace_by_fifo, "is no regular file"),
+        (_replace_by_link, "is a symbolic link"),
+    ],
+)
+def test_a_file_that_others_may_change_is_refused_and_the_daemon_goes_on_in_memory(
+    place: Path, which: str, spoil: Callable[[Path], object], why: str
+) -> None:
+    fill(place, 1)
+    (place / which).touch()
+    spoil(place / which)
+    before = names(place)
+    heard = Heard()
+
+    async def scenario() -> None:
+        async with opened(place, heard, within=0.5) as store:
+            store.append(an_event("kept in memory"))
+            assert why in store.stats.trouble
+            records, note = await store.read()
+            assert texts(records) == ["kept in memory"]
+            assert why in note
+
+    run(scenario())
+    assert names(place) == before
+    assert len(heard.troubles) == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (lambda path: path.parent.chmod(0o777), "outer can be written by others (mode 0777): chmod go-w "),
+        (lambda path: os.chown(path.parent, NOBODY, -1), f"outer belongs to uid {NOBODY}"),
+        (_replace_by_link, "is a symbolic link: write what it leads to as state_dir"),
+        (_replace_by_file, "is no directory"),
+    ],
+)
+def test_a_directory_that_is_not_where_it_seems_or_that_others_can_replace_is_refused(
+    tmp_path: Path, spoil: Callable[[Path], object], why: str
+) -> None:
+    state = tmp_path / "outer" / "state"
+    state.parent.mkdir()
+    heard = Heard()
+
+    async def scenario(directory: str) -> None:
+        async with opened(Path(directory), heard, within=0.5) as store:
+            store._arguments = (directory, *store._arguments[1:])
+            assert why in store.stats.trouble
+
+    run(opened_and_closed(state))
+    spoil(state)
+    before = sorted(tmp_path.rglob("*"))
+    run(scenario(f"{state}"))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+async def opened_and_closed(place: Path) -> None:
+    async with opened(place) as store:
+        assert not store.stats.trouble
+
+
+def test_a_slash_at_its_end_does_not_hide_a_link(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    place.symlink_to(tmp_path / "elsewhere")
+    database = writer_module.Database(f"{place}//", 0.0, 1 << 20)
+    with pytest.raises(writer_module.RefusedError, match="is a symbolic link"):
+        database.opened()
+    assert names(tmp_path / "elsewhere") == []
+
+
+@pytest.mark.parametrize("which", ["state", "journal.sqlite"])
+def test_a_reader_believes_nothing_that_others_may_have_written(place: Path, which: str) -> None:
+    fill(place, 1)
+    path = place if which == "state" else place / which
+    assert read_file(str(place))
+    path.chmod(0o777)
+    with pytest.raises(DuendeError, match=r"is not believed: it can be written by others \(mode 0777\)"):
+        read_file(str(place))
+    path.chmod(0o755)
+    os.chown(path, NOBODY, -1)
+    with pytest.raises(DuendeError, match=f"is not believed: it belongs to uid {NOBODY}"):
+        read_file(str(place))
+
+
+def test_a_reader_waits_for_no_fifo(place: Path) -> None:
+    place.mkdir(mode=0o700)
+    os.mkfifo(place / "journal.sqlite")
+    with pytest.raises(DuendeError, match="is no regular file"):
+        read_file(str(place))
 
 
 def test_a_file_of_a_newer_version_is_left_as_it_is(place: Path) -> None:

@@ -92,6 +92,11 @@ class InvalidConfigError(ConfigError):
             super().__init__("\n".join(f"{problem}; {problem.hint}" for problem in self.problems), hint=hint)
 
 
+def refused(path: str, what: str, hint: str) -> ConfigError:
+    """Say why a configuration file is not taken, for whoever was to read it."""
+    return InvalidConfigError(Problem(printable(path), 0, "", what, printable(hint, 1000)))
+
+
 def unreadable(path: str, error: OSError) -> ConfigError:
     """Say why a configuration file could not be read, for whoever tried to."""
     file = printable(path)
@@ -766,8 +771,11 @@ _EXAMPLES = {"match": '{ ids = "0-15" }', "recover": _RECOVER_EXAMPLE}
 _NOT_YET = {"alert": ("this version writes alerts to the log only", "remove [[alert]]")}
 
 
-def load(text: bytes, name: str) -> Config:
-    """Read a configuration. `name` is the file's, for messages and sources."""
+def load(text: bytes, name: str, *, check: Callable[[Recovery], None] | None = None) -> Config:
+    """Read a configuration. `name` is the file's, for messages and sources.
+
+    `check`: what this module cannot tell of a command; it raises WrongValueError, `part` being one of the command.
+    """
     file = printable(name)
     source = _decoded(text, file)
     try:
@@ -779,7 +787,7 @@ def load(text: bytes, name: str) -> Config:
         if isinstance(error, RecursionError):
             what, hint = "is nested too deeply", "remove some of the brackets"
         raise InvalidConfigError(Problem(file, 0, "", what, hint)) from None
-    reader = _Reader(source, file)
+    reader = _Reader(source, file, check)
     config = reader.document(data)
     if reader.problems:
         raise InvalidConfigError(*reader.problems)
@@ -814,8 +822,9 @@ def _syntax_error(source: str, file: str, message: str) -> InvalidConfigError:
 class _Reader:
     """One reading of one file: what tomllib made of it goes in, records and problems come out."""
 
-    def __init__(self, source: str, file: str) -> None:
+    def __init__(self, source: str, file: str, check: Callable[[Recovery], None] | None) -> None:
         self.file = file
+        self._check = check
         self.problems: list[Problem] = []
         self._lines = key_lines(source)
 
@@ -837,7 +846,15 @@ class _Reader:
         """Read a table into its record. None: a key that has to be there is wrong, which was told."""
         required = _required(record)
         found = self._table(path, value, schema(record), required)
-        return record(**found) if required.keys() <= found.keys() else None
+        if not required.keys() <= found.keys():
+            return None
+        made = record(**found)
+        if self._check and isinstance(made, Recovery):
+            try:
+                self._check(made)
+            except WrongValueError as error:
+                self._wrong((*path, "command", error.part or 0), str(error), error.hint)
+        return made
 
     def _overrides(self, value: object) -> list[dict[str, Any]]:
         """Read what each `[[device]]` gives; the policy that it overrides may stand below it."""

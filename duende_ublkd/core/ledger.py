@@ -14,17 +14,18 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from duende_ublkd.core.model import Identity, KernelState, Server, Verdict, VerdictKind
+from duende_ublkd.core.model import Identity, KernelState, Process, Server, Verdict, VerdictKind
 from duende_ublkd.core.trail import NO_TRAIL, Trail
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from duende_ublkd.core.model import Observation
 
 _FIRST_RETRY = 1.0  # seconds after a deletion that failed; doubles up to the longest
 _LONGEST_RETRY = 300.0
 _DOUBLINGS = 9  # and then it is beyond the longest anyway
+_DELETIONS = ("DEL_DEV", "DEL_DEV_ASYNC")
 _LONGEST_BUSY = 30.0  # seconds between two attempts to claim what somebody unseen has open
 
 
@@ -60,6 +61,7 @@ class History:
     death_seen: float | None = None
     server_died: bool = False  # its process ended; otherwise it may have let go of the device and live on
     overdue: Overdue | None = None
+    hand: Process | None = None  # who has been told to stop it, and may still be at it
     failures: int = 0
     times_busy: int = 0  # claims refused since it was last seen in use: somebody unseen has it
     paused_until: float = 0.0
@@ -81,6 +83,7 @@ class Ledger:
     def __init__(self) -> None:
         self._histories: dict[int, History] = {}
         self._remembered: dict[int, History] = {}  # of a former daemon, and not seen by this one yet
+        self.keep: Callable[[int], None] = lambda _: None  # called when a record must be kept before anything goes on
         self._late: set[tuple[int, str]] = set()  # answers that came after their deadline, since the last question
 
     def __contains__(self, dev_id: int) -> bool:
@@ -109,7 +112,20 @@ class Ledger:
         past = _from_record(record)
         if has_ended and past.trail.is_running:
             past = replace(past, trail=past.trail.abandoned())
+        if has_ended and not past.hand:  # a process that has ended has no command in the kernel; a child of it may
+            past = replace(past, overdue=None)
         self._remembered[dev_id] = past
+
+    def hand_of_former(self, dev_id: int) -> Process | None:
+        """Who a former daemon had told to stop this device, and had not heard of again."""
+        past = self._remembered.get(dev_id)
+        return past.hand if past else None
+
+    def note_hand(self, dev_id: int, hand: Process | None) -> None:
+        """Somebody is about to stop this device, or has answered. It is kept: what is sent is not to be sent twice."""
+        if past := self._histories.get(dev_id):
+            self._histories[dev_id] = replace(past, hand=hand)
+            self.keep(dev_id)
 
     def to_record(self, dev_id: int) -> dict[str, Any] | None:
         """What is worth knowing after a restart, as JSON values; None: nothing is known of this id."""
@@ -197,15 +213,23 @@ class Ledger:
     def note_answer(self, dev_id: int, command: str) -> None:
         """A command answered after all; lifts what that one's missed deadline imposed, and nothing else."""
         self._late.add((dev_id, command))
-        past = self._histories.get(dev_id)
-        if past and past.overdue and past.overdue.command == command:
-            self._histories[dev_id] = replace(past, overdue=None)
+        for histories in (self._histories, self._remembered):
+            past = histories.get(dev_id)
+            if past and past.overdue and past.overdue.command == command:
+                histories[dev_id] = replace(past, overdue=None, hand=None)
 
     def forget_overdue(self, dev_id: int) -> None:
         """A person says that a command of a former daemon is over."""
         past = self._histories.get(dev_id)
         if past and past.overdue and past.overdue.of_former:
-            self._histories[dev_id] = replace(past, overdue=None)
+            self._histories[dev_id] = replace(past, overdue=None, hand=None)
+
+    def stuck_deletions(self) -> tuple[int, ...]:
+        """The ids whose DEL_DEV, of whichever kind, has missed its deadline and not answered; not looked at yet or not."""
+        known = self._remembered | self._histories
+        return tuple(
+            dev_id for dev_id, past in sorted(known.items()) if past.overdue and past.overdue.command in _DELETIONS
+        )
 
     def forget_remembered(self) -> tuple[int, ...]:
         """After a look at all: what was remembered and is not there any more."""
@@ -252,19 +276,17 @@ def _is_started(seen: Observation) -> bool:
 
 
 def _phase(seen: Observation) -> tuple[object, ...]:
-    served = bool((seen.server and seen.server.alive) or (seen.usage and seen.usage.char_openers))
+    served = bool((seen.server and seen.server.alive and seen.server.may_serve) or _openers(seen))
     state = seen.info.state if seen.info else None
     return state, seen.disk is not None, seen.identity.sysfs_inode is not None, served
 
 
 def _known_server(seen: Observation) -> Server | None:
     """Who serves it. Whoever has a DEAD device open may be its server, or anybody who looks into it: that is left open."""
-    if seen.server and seen.server.alive:
+    if seen.server and seen.server.alive and seen.server.may_serve:
         return seen.server
     dead = seen.info is None or seen.info.state == KernelState.DEAD
-    if not dead and seen.usage and seen.usage.char_openers:
-        return seen.usage.char_openers[0]
-    return None
+    return _openers(seen)[0] if not dead and _openers(seen) else None
 
 
 def _is_confirmed(seen: Observation, server: Server | None) -> bool:
@@ -273,7 +295,8 @@ def _is_confirmed(seen: Observation, server: Server | None) -> bool:
 
 
 def _openers(seen: Observation) -> tuple[Server, ...]:
-    return seen.usage.char_openers if seen.usage else ()
+    """Those that may be its server."""
+    return tuple(each for each in seen.usage.char_openers if each.may_serve) if seen.usage else ()
 
 
 def _same_process(one: Server, other: Server | None) -> bool:
@@ -324,6 +347,7 @@ def _continue(past: History, seen: Observation) -> History:
         or (past.server_confirmed and (served_now is None or _same_process(served_now, past.server))),
         disk_rdevs=(seen.disk.rdevs if seen.disk else None) or past.disk_rdevs,
         overdue=None if idle and _is_stop_of_former(past.overdue) else past.overdue,
+        hand=None if idle and _is_stop_of_former(past.overdue) else past.hand,
         death_seen=death_seen,
         server_died=server_died,
     )
@@ -340,6 +364,7 @@ def _to_record(past: History) -> dict[str, Any]:
         "server": asdict(past.server) if past.server else None,
         "server_confirmed": past.server_confirmed,
         "overdue": past.overdue.command if past.overdue and not past.overdue.of_look else None,
+        "hand": [past.hand.pid, past.hand.start_time] if past.hand else None,
         "disk_rdevs": sorted(past.disk_rdevs),
         "death_seen": past.death_seen,
         "server_died": past.server_died,
@@ -363,6 +388,7 @@ def _from_record(record: Mapping[str, Any]) -> History:
             server=Server(**server) if server else None,
             server_confirmed=bool(record["server_confirmed"]),
             overdue=_overdue_of(record),
+            hand=_hand_of(record),
             disk_rdevs=frozenset((int(major), int(minor)) for major, minor in record["disk_rdevs"]),
             death_seen=None if record["death_seen"] is None else _time(record["death_seen"]),
             server_died=bool(record["server_died"]),
@@ -375,8 +401,16 @@ def _from_record(record: Mapping[str, Any]) -> History:
 
 
 def _overdue_of(record: Mapping[str, Any]) -> Overdue | None:
-    command = record["overdue"]
+    """A stop whose answer nobody will hear is as one that has missed its deadline."""
+    command = "STOP_DEV" if _hand_of(record) else record["overdue"]
     return Overdue(str(command), _time(record["verdict_since"]), of_former=True) if command else None
+
+
+def _hand_of(record: Mapping[str, Any]) -> Process | None:
+    if not record["hand"]:
+        return None
+    pid, start_time = record["hand"]
+    return Process(int(pid), int(start_time))
 
 
 def _time(value: Any) -> float:  # noqa: ANN401 - JSON

@@ -113,9 +113,32 @@ class Disk:
         return frozenset(rdev for rdev in (self.rdev, *self.partitions) if any(rdev))
 
 
+OPENING = "open"
+"""What a child that is to stop a device does first, as the name of a command: nothing comes of it without its daemon."""
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process: its number names another one later. `start_time`: field 22 of /proc/PID/stat."""
+
+    pid: int
+    start_time: int
+
+
+class Condition(Enum):
+    """What keeps a process that exists from doing its work."""
+
+    WELL = ""
+    STOPPED = "stopped"  # by SIGSTOP, a terminal or a debugger
+    DYING = "dying"  # killed, or at its end, and not able to get there
+
+
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A process that is, or was, behind a device. `alive` None: it cannot be told from here."""
+    """A process that is, or was, behind a device. `alive` None: it cannot be told from here.
+
+    `has_ring`: it has an io_uring open, as every server has until it registers and closes it; None: nobody looked.
+    """
 
     pid: int
     alive: bool | None
@@ -123,6 +146,13 @@ class Server:
     exe: str = ""
     unit: str = ""
     start_time: int = 0  # field 22 of /proc/PID/stat; (pid, start_time) names one process
+    condition: str = Condition.WELL.value
+    has_ring: bool | None = None
+
+    @property
+    def may_serve(self) -> bool:
+        """Nothing speaks against its answering I/O, now or when it goes on."""
+        return self.alive is not False and self.condition != Condition.DYING.value and self.has_ring is not False
 
     def __str__(self) -> str:
         name = f" ({self.comm})" if self.comm else ""
@@ -235,6 +265,7 @@ class Judged:
     since: float
     hold: Hold | None = None  # planned work: hands off
     trail: Trail = NO_TRAIL  # what was tried to recover it
+    stuck: tuple[str, ...] = ()  # who sleeps in the kernel on some ublk device's account, where this one is wedged
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from duende_ublkd.core.config import OnOrphan, OnUnserved
-from duende_ublkd.core.model import Action, KernelState, Verdict, VerdictKind
+from duende_ublkd.core.model import Action, Condition, KernelState, Verdict, VerdictKind
 
 if TYPE_CHECKING:
     from duende_ublkd.core.config import Policy, Recovery
@@ -38,10 +38,20 @@ LETTING_GO = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What this kernel's DEL_DEV can do. `async_delete`: DEL_DEV_ASYNC (6.9). `delete_can_be_cancelled`: 6.3."""
+    """What this kernel's DEL_DEV can do. `async_delete`: DEL_DEV_ASYNC (6.9). `delete_can_be_cancelled`: 6.3.
+
+    `stuck`: devices whose deletion has not answered by its deadline. ublk_ctl_mutex is one for all devices: from two on,
+    nothing is added or deleted on this machine until whoever has it lets go.
+    """
 
     async_delete: bool = True
     delete_can_be_cancelled: bool = True
+    stuck: tuple[int, ...] = ()
+
+    @property
+    def is_control_plane_stuck(self) -> bool:
+        """A second deletion stalls, too."""
+        return len(self.stuck) > 1
 
 
 def needs_usage(seen: Observation) -> bool:
@@ -63,7 +73,16 @@ def decide(
 ) -> Verdict:
     """What the device is, why, and what to do. `past` includes `seen`; `hold`: the one that is in force on it."""
     verdict = _decide(seen, past, policy, traits, now)
+    if traits.is_control_plane_stuck and verdict.action is Action.DELETE:
+        verdict = _behind_the_others(verdict, traits.stuck)
     return _hands_off(verdict, hold, now) if hold else verdict
+
+
+def _behind_the_others(verdict: Verdict, stuck: tuple[int, ...]) -> Verdict:
+    """It would only wait, too, and take a worker that other commands need."""
+    ids = ", ".join(f"ublk{dev_id}" for dev_id in stuck[:3]) + (" and others" if len(stuck) > 3 else "")  # noqa: PLR2004
+    reason = f"{verdict.reason}; the control plane is stuck: the deletions of {ids} have not answered"
+    return Verdict(VerdictKind.WEDGED, reason, Action.ALERT, 5.0, "control-plane", "it is deleted, when they have")
 
 
 def _hands_off(verdict: Verdict, hold: Hold, now: float) -> Verdict:
@@ -118,20 +137,51 @@ def _live(seen: Observation, past: History, now: float) -> Verdict:
     if seen.disk is None:
         return _live_without_disk(past, now)
     if _alive(seen.server):
-        return Verdict(VerdictKind.LIVE, f"served by {seen.server}", rule="served")
+        stopped = ", which is stopped" if seen.server and seen.server.condition == Condition.STOPPED.value else ""
+        return Verdict(VerdictKind.LIVE, f"served by {seen.server}{stopped}", rule="served")
     if seen.usage is None or (not seen.usage.complete and not seen.usage.char_openers):
         reason = "the kernel says LIVE; who serves it cannot be seen from here"
         return Verdict(VerdictKind.LIVE, reason, rule="served-unseen")
-    if seen.usage.char_openers:
-        opener = seen.usage.char_openers[0]
+    if opener := next((each for each in seen.usage.char_openers if each.may_serve), None):
         return Verdict(VerdictKind.LIVE, f"served by {opener}, which has its char device open", rule="served")
+    return _live_without_server(seen, past, now)
+
+
+def _live_without_server(seen: Observation, past: History, now: float) -> Verdict:
+    """LIVE by the kernel's word alone. Since 6.15 it notices a death at the last close of the char device, and until 6.17 a
+    server that was killed in START_DEV's partition scan never ends.
+    """
     gone_for = now - past.phase_since
-    dead = f"LIVE, but its server {past.server or seen.server or ''} is gone".replace("  ", " ")
+    opener = _other_opener(seen)
+    dying = next((each for each in (seen.server, *_char_openers(seen)) if each and _is_dying(each)), None)
+    if dying:
+        what, rule = f"LIVE, but its server {dying} was killed and has not ended", "server-cannot-end"
+    else:
+        what = f"LIVE, but its server {past.server or seen.server or ''} is gone".replace("  ", " ")
+        rule = "leaked-descriptor" if opener else "death-never-noticed"
     if gone_for < SETTLING:
-        reason = f"{dead}; the kernel has not noticed yet"
+        reason = f"{what}; the kernel has not noticed yet"
         return Verdict(VerdictKind.CLOSING, reason, look_again_in=_soon(gone_for), rule="death-unnoticed")
-    reason = f"{dead} since {_span(gone_for)}; a leaked descriptor or a stuck request keeps the kernel from noticing"
-    return Verdict(VerdictKind.WEDGED, reason, Action.ALERT, look_again_in=5.0, rule="death-never-noticed")
+    why = {
+        "server-cannot-end": "one of its threads sleeps in the kernel, and nothing can wake it from outside",
+        "leaked-descriptor": f"{opener} has its char device open, and no io_uring to serve it with",
+        "death-never-noticed": "a leaked descriptor or a stuck request keeps the kernel from noticing",
+    }
+    reason = f"{what} since {_span(gone_for)}; {why[rule]}"
+    return Verdict(VerdictKind.WEDGED, reason, Action.ALERT, look_again_in=5.0, rule=rule)
+
+
+def _char_openers(seen: Observation) -> tuple[Server, ...]:
+    return seen.usage.char_openers if seen.usage else ()
+
+
+def _other_opener(seen: Observation) -> Server | None:
+    """Who has the char device open and cannot be its server."""
+    return next((each for each in _char_openers(seen) if not each.may_serve and not _is_dying(each)), None)
+
+
+def _is_dying(server: Server) -> bool:
+    return server.condition == Condition.DYING.value
 
 
 def _live_without_disk(past: History, now: float) -> Verdict:
@@ -164,8 +214,7 @@ def _without_server(seen: Observation, past: History, policy: Policy, now: float
         return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0, rule="stray-state")
     if past.trail.began is not None:
         return _being_recovered(name, past.trail, policy, now)
-    if seen.usage and seen.usage.char_openers:
-        opener = seen.usage.char_openers[0]
+    if opener := next((each for each in _char_openers(seen) if each.may_serve), None):
         reason = f"{name}; {opener} has taken its char device"
         return Verdict(VerdictKind.RECOVERING, reason, look_again_in=2.0, rule="taken")
     left = policy.recovery_deadline - lasted
@@ -195,12 +244,14 @@ def _waiting(seen: Observation) -> str:
     queued = seen.info is not None and seen.info.state == KernelState.QUIESCED
     effect = "its I/O waits for a new server" if queued else "its I/O fails"
     held = f"; held by {_list(seen.usage.holders)}" if seen.usage and seen.usage.holders else ""
-    return f"{seen.state_name} without a server: {effect}{held}"
+    opener = next(iter(_char_openers(seen)), None)
+    taken = f"; {opener} has its char device open, and no server can take it before that is closed" if opener else ""
+    return f"{seen.state_name} without a server: {effect}{held}{taken}"
 
 
 def _being_recovered(name: str, trail: Trail, policy: Policy, now: float) -> Verdict:
     of = f" of {policy.recover.attempts}" if policy.recover else ""
-    lasted = now - (now if trail.began is None else trail.began)
+    lasted = max(now - (now if trail.began is None else trail.began), 0.0)  # begun after this look, and judged by it
     reason = f"{name}; the recovery command (attempt {trail.attempts}{of}) runs for {_span(lasted)}"
     return Verdict(VerdictKind.RECOVERING, reason, look_again_in=1.0, rule="recovery-runs")
 
@@ -236,9 +287,10 @@ def _to_be_given_up(seen: Observation, past: History, policy: Policy, now: float
     if seen.usage is None:
         reason = f"{_waiting(seen)}; nobody looked who holds it"
         return Verdict(VerdictKind.UNSERVED, reason, Action.ALERT, look_again_in=1.0, rule="holders-unknown")
-    if seen.usage.holders:
+    if seen.usage.char_openers or seen.usage.holders:
         reason = f"{_waiting(seen)}, so it is not deleted"
-        return Verdict(VerdictKind.UNSERVED, reason, Action.ALERT, look_again_in=5.0, rule="held")
+        rule = "leaked-descriptor" if seen.usage.char_openers else "held"
+        return Verdict(VerdictKind.UNSERVED, reason, Action.ALERT, look_again_in=5.0, rule=rule)
     if not seen.usage.complete:
         blind = f" ({seen.usage.blind})" if seen.usage.blind else ""
         reason = f"{_waiting(seen)}; not everybody who may hold it could be seen{blind}, so it is not deleted"
@@ -360,7 +412,7 @@ def _deleted(seen: Observation, past: History, now: float) -> Verdict:
 
 
 def _alive(server: Server | None) -> bool:
-    return server is not None and server.alive is True
+    return server is not None and server.alive is True and server.may_serve
 
 
 def _corpse(past: History) -> str:
@@ -394,6 +446,8 @@ def _numbers(rdev: tuple[int, int] | None) -> str:
 
 WHAT_WOULD_CHANGE_IT = {
     "on-hold": "duende-ublkd release, or the end of the hold",
+    "control-plane": "the end of whatever holds ublk_ctl_mutex: most often somebody's DEL_DEV of a device whose server does "
+    "not answer its I/O (kill that server), or of one whose server was killed in START_DEV (6.7 to 6.17: a reboot)",
     "overdue": "the command's answer; a person can look for what it waits for (dmesg, /proc/PID/stack), and say that one of "
     "a former daemon is over: duende-ublkd release",
     "no-answer": "an answer of the driver to GET_DEV_INFO",
@@ -401,6 +455,9 @@ WHAT_WOULD_CHANGE_IT = {
     "served": "the death of that process, or its closing the device",
     "served-unseen": "the kernel's state; a look with CAP_SYS_PTRACE in the host's pid namespace would name the server",
     "death-unnoticed": "the kernel noticing the death, within 30 s of it",
+    "server-cannot-end": "a reboot, most likely; until then send it neither STOP_DEV nor DEL_DEV, which would block ADD_DEV "
+    "and DEL_DEV of every device. Kernels from 6.19 and 6.18.4 on do not get there",
+    "leaked-descriptor": "the end of the process that has the char device open, or its closing it: kill it, if it is idle",
     "death-never-noticed": "the end of whoever still has the char device open; a blocked request; else a reboot",
     "being-stopped": "the end of the STOP_DEV that somebody has sent",
     "stop-stuck": "the end of the STOP_DEV, which waits for I/O of the former server",

@@ -5,7 +5,12 @@ in order, so that the n-th one lies at (n & mask) * 128. Only its compiled parts
 scans site-packages and writes a cache there, which fails where /usr is read-only, and costs 4 MiB and most of the time.
 
 The nursery's children load this file too and keep its memory locked, so it imports nothing that is not small: no
-dataclasses, no typing, and not `abi` either. The three numbers that it would take from there are its own.
+dataclasses, no typing, and not `abi` either. The few numbers that it would take from there are its own.
+
+A ring is made disabled, and enabled by `confine`, which has the kernel take nothing but the named operations from then
+on, for whoever has the descriptor, and no registration at all. What these restrictions cannot tell is which command an
+URING_CMD carries, nor to which file it goes: any file that knows commands would take any of its own. That no other one
+is sent to is the doing of this package alone, which opens /dev/ublk-control for them and nothing else.
 """
 
 from __future__ import annotations
@@ -21,11 +26,17 @@ import types
 
 TYPE_CHECKING = False  # typing costs half a MiB
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     import liburing
 
 SETUP_SQE128 = 1 << 10
+_SETUP_R_DISABLED = 1 << 6  # since 5.10
+_OP_URING_CMD = 46
+_REGISTER_RESTRICTIONS, _REGISTER_ENABLE_RINGS = 11, 12
+_RESTRICTION_SQE_OP = 1
+_SIZEOF_RESTRICTION = 16  # u16 what, u8 which, and zeroes
+_NR_IO_URING_REGISTER = 427  # on every architecture; liburing 2024.5.3 does not know how to enable a ring
 OFF_SQES = 0x1000_0000
 SQE_SIZE = 128
 _FD_AT = slice(4, 8)  # where an entry has its descriptor
@@ -44,6 +55,7 @@ def _part_of_binding(name: str) -> types.ModuleType:
 
 
 queue, register = _part_of_binding("queue"), _part_of_binding("register")
+_syscall = ctypes.CDLL(None, use_errno=True)["syscall"]
 _errno = ctypes.CDLL(None)["__errno_location"]
 _errno.restype = ctypes.POINTER(ctypes.c_int)
 
@@ -60,10 +72,34 @@ def checked(call: Callable[..., int], *arguments: object) -> int:
 
 
 def set_up(entries: int) -> liburing.io_uring:
-    """A ring with 128-byte entries; OSError, which `why_no_ring` explains."""
+    """A ring with 128-byte entries, of no use before `confine`; OSError, which `why_no_ring` explains."""
     ring = queue.io_uring()
-    checked(queue.io_uring_queue_init, entries, ring, SETUP_SQE128)
+    checked(queue.io_uring_queue_init, entries, ring, SETUP_SQE128 | _SETUP_R_DISABLED)
     return ring
+
+
+def confine(ring_fd: int, operations: Collection[int]) -> bool:
+    """Enable a ring for these operations alone; False: for any, since this kernel cannot restrict it. OSError."""
+    restrictions = b"".join(
+        _RESTRICTION_SQE_OP.to_bytes(2, sys.byteorder) + bytes([operation]).ljust(_SIZEOF_RESTRICTION - 2, b"\0")
+        for operation in operations
+    )
+    is_confined = not _register(ring_fd, _REGISTER_RESTRICTIONS, restrictions, len(operations))
+    if number := _register(ring_fd, _REGISTER_ENABLE_RINGS, None, 0):
+        raise OSError(number, os.strerror(number))
+    return is_confined
+
+
+def _register(ring_fd: int, what: int, argument: bytes | None, count: int) -> int:
+    """The errno of io_uring_register(2)."""
+    answer = _syscall(
+        ctypes.c_long(_NR_IO_URING_REGISTER),
+        ctypes.c_uint(ring_fd),
+        ctypes.c_uint(what),
+        ctypes.c_char_p(argument),
+        ctypes.c_uint(count),
+    )
+    return ctypes.get_errno() if answer < 0 else 0
 
 
 def map_entries(ring_fd: int, entries: int) -> mmap.mmap:
@@ -88,11 +124,15 @@ def why_no_ring(number: int) -> tuple[str, str]:
 
 
 class WaitingRing:
-    """A ring of a process that waits for each command, for as long as the kernel takes. OSError when it cannot be."""
+    """A ring of a process that waits for each command, for as long as the kernel takes. OSError when it cannot be.
+
+    It carries nothing but URING_CMD; `is_confined` False: this kernel cannot restrict it.
+    """
 
     def __init__(self) -> None:
         self._ring = set_up(_ENTRIES)
         try:
+            self.is_confined = confine(self._ring.ring_fd, (_OP_URING_CMD,))
             self._entries = map_entries(self._ring.ring_fd, _ENTRIES)
         except OSError:
             queue.io_uring_queue_exit(self._ring)

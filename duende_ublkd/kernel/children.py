@@ -7,7 +7,8 @@ call waits for a disk: `start()`, where a nursery has to be executed.
 Rules:
 1. A child acts only when told `go`. An order that is not taken by its deadline is given up here, and its child, which
    finds the socket closed, does nothing. Whether it may still be done is asked right before the word.
-2. A hand that misses its deadline is left to itself. Its answer is collected whenever it comes.
+2. A hand that misses its deadline is left to itself. Its answer is collected whenever it comes. It stops nothing after
+   an open of the disk that took too long: it asks once more, and gets the claim on the char device with the word.
 3. A recovery command is ended, kept or left by its caller's word; a supervisor without a daemon follows rules of its own.
 4. A device has one recovery command at a time. One that was given up or ended counts until its supervisor is over, which
    is when nothing of it is left; one that was kept counts until its own process has ended, and so does one whose
@@ -46,9 +47,11 @@ from duende_ublkd.core.errors import (
     NotDoneError,
     UsageError,
 )
+from duende_ublkd.core.model import OPENING, Process
 from duende_ublkd.core.text import printable
 from duende_ublkd.kernel import abi, binding, nursery
 from duende_ublkd.kernel.control import why_no_control_device
+from duende_ublkd.kernel.servers import start_time_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -121,6 +124,14 @@ class _Talk:
         if self._socket.fileno() >= 0:
             with contextlib.suppress(OSError):
                 self._socket.send(json.dumps(message).encode())
+
+    def hand_over(self, descriptor: int) -> bool:
+        """A copy of a descriptor, in a message of its own; whether it could be sent."""
+        try:
+            socket.send_fds(self._socket, [b"{}"], [descriptor])
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """Nothing is heard any more, and the other end sees it."""
@@ -359,21 +370,41 @@ def _shown(output: str) -> str:
 
 
 class _Hand:
-    """One order that may sleep for ever."""
+    """One order that may sleep for ever: in the open of the disk first, in its STOP_DEV then."""
 
     def __init__(
-        self, dev_id: int, ended: Callable[[_Hand, dict[str, Any] | None], None], may_go: Callable[[], bool]
+        self,
+        dev_id: int,
+        claim: int,
+        ended: Callable[[_Hand, dict[str, Any] | None], None],
+        may_go: Callable[[Process | None], bool],
     ) -> None:
         self.dev_id = dev_id
         self.talk = _Talk(self._hear)
         self.answer: dict[str, Any] | None = None
-        self.is_taken = False
+        self.process: Process | None = None  # once it has taken the order
+        self.is_sent = False  # the STOP_DEV
         self.is_over = False
         self.is_given_up = False
         self.is_refused = False
+        self._claim = claim
         self._ended = ended
         self._may_go = may_go
         self.changed = asyncio.Event()
+
+    @property
+    def is_taken(self) -> bool:
+        return self.process is not None
+
+    @property
+    def is_late(self) -> bool:
+        """Nobody waits for it any more, and it may still be at it; one that may not go has nothing left to do."""
+        return self.is_given_up and self.is_taken and not self.is_refused
+
+    @property
+    def step(self) -> str:
+        """What it is at."""
+        return abi.Command.STOP_DEV.name if self.is_sent else OPENING
 
     async def until(self, condition: Callable[[], bool], deadline: float) -> bool:
         """Whether it came about by the deadline."""
@@ -386,17 +417,27 @@ class _Hand:
 
     def _hear(self, message: dict[str, Any] | None) -> None:
         if message is not None and "taken" in message:
-            if self._may_go():
-                self.is_taken = True
+            if self._may_go(None):
+                self.process = _process_named(message["taken"])
                 self.talk.say(do="go")
             else:
                 self.is_refused = True
+        elif message is not None and "opened" in message:
+            self._let_it_stop()
         else:
             self.is_over = True
             self.answer = message
             self.talk.close()
             self._ended(self, message)
         self.changed.set()
+
+    def _let_it_stop(self) -> None:
+        """The claim is held by whoever waits for this hand: not any more when that is given up."""
+        if not self.is_given_up:
+            self.is_refused = not self._may_go(self.process)
+            self.is_sent = not self.is_refused and self.talk.hand_over(self._claim)
+        if not self.is_sent:
+            self.talk.say(do="nothing")
 
 
 def _on_hold(dev_id: int) -> NotDoneError:
@@ -428,6 +469,7 @@ class Children:
         self._born = 0.0
         self._commands: set[Command] = set()
         self._hands: set[_Hand] = set()
+        self._former: dict[int, int] = {}  # pidfd of a former daemon's hand -> its device
 
     @property
     def nursery_pid(self) -> int | None:
@@ -442,7 +484,7 @@ class Children:
     @property
     def overdue(self) -> int:
         """Hands that were given up and have not answered."""
-        return sum(hand.is_given_up and hand.is_taken for hand in self._hands)
+        return sum(hand.is_late for hand in self._hands) + len(self._former)
 
     def start(self) -> None:
         """Execute the nursery, if none runs and none is being made of a spare. To be done before memory is locked.
@@ -520,21 +562,24 @@ class Children:
         self,
         dev_id: int,
         rdev: tuple[int, int],
+        claim: int,
         *,
         try_first: bool,
         deadline: float,
-        may_go: Callable[[], bool] = lambda: True,
+        may_go: Callable[[Process | None], bool] = lambda _: True,
     ) -> None:
         """STOP_DEV of a device whose disk nobody has claimed: not mounted, not swapped on, not under dm, md or loop.
 
-        `rdev`: of the disk that was looked at. `try_first`: the driver has UBLK_F_SAFE_STOP_DEV, and TRY_STOP_DEV then
-        spares a disk that is merely open, too. `deadline`: seconds for the answer, from when a hand has taken the order.
-        A recoverable device is privileged, so no node's path is sent. `may_go`: asked when a hand has taken the order.
-        Raises DuendeError (it may not go, or there is no hand) and its subclasses BusyError,
+        `rdev`: of the disk that was looked at. `claim`: the device's char node, opened by the caller, who keeps it open
+        until this is over; the hand has a copy while it stops the device. `try_first`: the driver has
+        UBLK_F_SAFE_STOP_DEV, and TRY_STOP_DEV then spares a disk that is merely open, too. `deadline`: seconds for the
+        answer, from when a hand has taken the order. A recoverable device is privileged, so no node's path is sent.
+        `may_go`: asked when a hand has taken the order, with None; and with the hand's process right before STOP_DEV is
+        sent. Raises DuendeError (it may not go, or there is no hand) and its subclasses BusyError,
         NoSuchDeviceError, CommandError, CommandOverdueError, KernelUnavailableError.
         """
         self.start()
-        hand = _Hand(dev_id, self._hand_ended, may_go)
+        hand = _Hand(dev_id, claim, self._hand_ended, may_go)
         self._hands.add(hand)
         try:
             self._give(hand.talk, **_stop_order(dev_id, rdev, try_first=try_first))
@@ -544,17 +589,43 @@ class Children:
             if not taken:
                 raise DuendeError(f"STOP_DEV on ublk{dev_id} was not sent: {_NO_CHILD}", hint=_LOOK)
             answered = await hand.until(lambda: hand.is_over, deadline)
+            if hand.is_refused:
+                raise _on_hold(dev_id)
         finally:
             hand.is_given_up = True
             if not hand.is_taken:  # also when the caller was cancelled: nothing was done, nothing will be
                 hand.talk.close()
                 self._hands.discard(hand)
         if not answered:
-            raise CommandOverdueError("STOP_DEV", dev_id, deadline)
-        _judge(dev_id, hand.answer)
+            raise CommandOverdueError(hand.step, dev_id, deadline)
+        _judge(dev_id, hand.step, hand.answer)
+
+    def watch_former(self, dev_id: int, hand: Process) -> bool:
+        """Whether a hand of a former daemon is still at it; `on_late` tells of its end, with -EINTR."""
+        try:
+            pidfd = os.pidfd_open(hand.pid)
+        except OSError:
+            return False
+        if _process_named(hand.pid) != hand or _has_ended(pidfd):
+            os.close(pidfd)
+            return False
+        self._former[pidfd] = dev_id
+        self._loop.add_reader(pidfd, self._former_ended, pidfd)
+        return True
+
+    def _former_ended(self, pidfd: int) -> None:
+        dev_id = self._former.pop(pidfd)
+        self._loop.remove_reader(pidfd)
+        os.close(pidfd)
+        if self._on_late:
+            self._on_late(abi.Command.STOP_DEV.name, dev_id, -errno.EINTR)
 
     def close(self) -> None:
         """Give everything back, in at most 0.2 s. Commands and hands under way go on by themselves."""
+        for pidfd in self._former:
+            self._loop.remove_reader(pidfd)
+            os.close(pidfd)
+        self._former.clear()
         for command in tuple(self._commands):
             command.close()
         for hand in tuple(self._hands):
@@ -591,11 +662,9 @@ class Children:
 
     def _hand_ended(self, hand: _Hand, answer: dict[str, Any] | None) -> None:
         self._hands.discard(hand)
-        if hand.is_given_up and hand.is_taken and self._on_late:
+        if hand.is_late and self._on_late:
             told = answer or {}
-            self._on_late(
-                told.get("command", "STOP_DEV"), hand.dev_id, told.get("result", -told.get("errno", errno.EINTR))
-            )
+            self._on_late(hand.step, hand.dev_id, told.get("result", -told.get("errno", errno.EINTR)))
 
     def _hear_nursery(self) -> None:
         assert self._orders  # noqa: S101 - for the type checker
@@ -731,9 +800,17 @@ def _stop_order(dev_id: int, rdev: tuple[int, int], *, try_first: bool) -> dict[
     }
 
 
-def _judge(dev_id: int, answer: dict[str, Any] | None) -> None:
-    """Raise what a hand's answer means."""
-    name = abi.Command.STOP_DEV.name
+def _process_named(pid: int) -> Process:
+    """Whoever has this number now."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return Process(pid, start_time_of(file.read()))
+    except OSError:  # it has ended
+        return Process(pid, 0)
+
+
+def _judge(dev_id: int, name: str, answer: dict[str, Any] | None) -> None:
+    """Raise what a hand's answer means. `name`: of the step that it was at."""
     if answer is None:
         raise CommandError(name, dev_id, errno.EINTR, "its child died without an answer")
     number = answer.get("errno", 0)

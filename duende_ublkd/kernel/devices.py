@@ -24,7 +24,7 @@ import os
 import stat
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from duende_ublkd.core.errors import (
     BusyError,
@@ -43,10 +43,10 @@ from duende_ublkd.kernel.control import Control, kernel_version
 from duende_ublkd.kernel.holders import Sweeper, Target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
 
     from duende_ublkd.core.config import Recovery
-    from duende_ublkd.core.model import DevInfo, Usage
+    from duende_ublkd.core.model import DevInfo, Process, Usage
 
 SYSFS_CLASS = "/sys/class/ublk-char"
 SLOTS_MAX = "/sys/module/ublk_drv/parameters/ublks_max"
@@ -60,6 +60,7 @@ BOOT_SLACK = 3.0  # seconds from the start of the clocks to devtmpfs's first nod
 _BOOT_NODES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/kmsg")
 _DELETED_SOON = 0.001  # first pause between two looks for the node's end; doubles
 _STABLE_READS = 4
+_DELETIONS = (abi.Command.DEL_DEV.name, abi.Command.DEL_DEV_ASYNC.name)
 _CAP_HINT = "run it as the host's root, in a container with --cap-add SYS_ADMIN; see: capsh --print"
 
 Rdevs = frozenset[tuple[int, int]]
@@ -74,8 +75,24 @@ class UblkKernel:
         self.users: Mapping[str, Credentials] = {}  # who recovery commands run as, looked up when they were configured
         self.saw_disk: Callable[[int], bool] = lambda _: False  # the daemon, which hears uevents, knows better
         self._sweeper = sweeper
+        self._kept: dict[int, int] = {}
         version = kernel_version(os.uname().release)
         self.traits = Traits(async_delete=version >= (6, 9), delete_can_be_cancelled=version >= (6, 3))
+
+    def keep(self, dev_id: int, claim: int) -> None:
+        """Hold a claim whose device may still be deleted, until its command answers."""
+        self._kept[dev_id] = claim
+
+    def note_answer(self, command: str, dev_id: int) -> None:
+        """A command that had missed its deadline has answered: the claim that was kept for a deletion is given back."""
+        if command in _DELETIONS and (claim := self._kept.pop(dev_id, None)) is not None:
+            os.close(claim)
+
+    def close(self) -> None:
+        """Give every claim back: what has not answered by now is the kernel's to finish."""
+        for claim in self._kept.values():
+            os.close(claim)
+        self._kept.clear()
 
     def forget_driver(self) -> None:
         """The module went and came: whatever was learnt of the driver is of the old one."""
@@ -109,6 +126,10 @@ class UblkKernel:
             for each in seen
         }
         return await self._sweeper.look(targets, USAGE_DEADLINE) if targets else {}
+
+    async def look_for_stuck(self) -> tuple[str, ...]:
+        """Who sleeps in the kernel on some ublk device's account: a sentence each."""
+        return await self._sweeper.look_for_stuck(USAGE_DEADLINE)
 
     @contextlib.contextmanager
     def claim(self, seen: Observation) -> Iterator[UblkClaim]:
@@ -183,9 +204,10 @@ class UblkClaim:
         seen = await self._kernel.observe([self._dev_id])
         return seen[0] if seen else None
 
-    async def stop(self, seen: Observation, may_go: Callable[[], bool]) -> None:
+    async def stop(self, seen: Observation, may_go: Callable[[Process | None], bool]) -> None:
         """Stop a device that waits for a server, which fails its waiting I/O and takes its disk away.
 
+        `may_go`: asked with None before a child begins, and with that child's process right before STOP_DEV is sent.
         HeldError: its disk is mounted, swapped on, claimed or (7.0) open. NoSuchDeviceError: it has no disk any more.
         CommandOverdueError: the stop still runs, in a child that nobody waits for. DuendeError: `may_go` said no.
         """
@@ -196,7 +218,12 @@ class UblkClaim:
         began, result = time.monotonic(), "overdue"
         try:
             await self._kernel.children.stop_device(
-                self._dev_id, seen.disk.rdev, try_first=safely, deadline=control.deadline, may_go=may_go
+                self._dev_id,
+                seen.disk.rdev,
+                self._fd,
+                try_first=safely,
+                deadline=control.deadline,
+                may_go=may_go,
             )
             result = "ok"
         except CommandError as error:
@@ -221,10 +248,24 @@ class UblkClaim:
             fd, self._fd = self._fd, -1
             os.close(fd)
 
+    async def _sent(self, deletion: Coroutine[Any, Any, None]) -> None:
+        """The claim is kept the very moment that the deadline is known to be missed: the answer may come next."""
+        try:
+            await deletion
+        except CommandOverdueError:
+            self._keep()
+            raise
+
+    def _keep(self) -> None:
+        """A deletion that has missed its deadline may still be done: until it answers, nobody is to serve the device."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            self._kernel.keep(self._dev_id, fd)
+
     async def _delete_async(self) -> bool:
         kernel = self._kernel
         try:
-            await kernel.control.delete_device_async(self._dev_id)
+            await self._sent(kernel.control.delete_device_async(self._dev_id))
         except UnsupportedError:
             kernel.traits = replace(kernel.traits, async_delete=False)
             return False
@@ -233,12 +274,15 @@ class UblkClaim:
         return True
 
     async def _delete_and_wait(self, *, via_node: bool) -> None:
-        deletion = asyncio.ensure_future(self._kernel.control.delete_device(self._dev_id, via_node=via_node))
+        command = self._kernel.control.delete_device(self._dev_id, via_node=via_node)
+        deletion = asyncio.ensure_future(self._sent(command))
         pause = _DELETED_SOON
         while not (deletion.done() or self._is_deleted()):
             await asyncio.wait([deletion], timeout=pause)
             pause = min(pause * 2, 0.1)
-        self.release()
+        if deletion.done():
+            deletion.result()
+        self.release()  # or DEL_DEV would wait for this file, too
         await deletion
 
     def _is_deleted(self) -> bool:

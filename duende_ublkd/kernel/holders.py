@@ -36,12 +36,13 @@ import re
 import stat
 import struct
 import threading
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from duende_ublkd.core.model import Holder, Server, Usage
 from duende_ublkd.core.text import printable
-from duende_ublkd.kernel import servers
+from duende_ublkd.kernel import servers, stuck
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -65,6 +66,7 @@ _DULL = re.compile(r"/dev/(?:null|zero|random|urandom|tty|ptmx|pts/.*|shm/.*)", 
 _FIRST_PID_NAMESPACE = "pid:[4026531836]"  # PROC_PID_INIT_INO, part of the ABI since 3.8
 _CAP_SYS_PTRACE = 19
 _PF_KTHREAD = 0x00200000
+_GLANCE = 0.001  # seconds between two looks for a thread's end
 _O_PATH = 0o10000000  # of the generic ABI; alpha, parisc and sparc have no ublk users to speak of
 
 
@@ -564,6 +566,7 @@ class _Sweep:
             return
         process = servers.inspect(body.pid, self._proc) or Server(body.pid, alive=None)
         if is_char:
+            process = replace(process, has_ring=servers.has_ring(body.path))
             self._finds[dev_id].openers[body.pid] = process
         else:
             self._hold(dev_id, "open", f"pid {process}")
@@ -672,11 +675,20 @@ class Sweeper:
         found: dict[int, Server] | None = await self._have_done(lambda progress: _inspect(wanted, progress), deadline_s)
         return {pid: Server(pid, alive=None) for pid in wanted} if found is None else found
 
+    async def look_for_stuck(self, deadline_s: float) -> tuple[str, ...]:
+        """`stuck.look` by a deadline; nothing where that is missed."""
+        found: tuple[str, ...] | None = await self._have_done(_look_for_stuck, deadline_s)
+        return found or ()
+
     def close(self) -> None:
         """Let the thread end when it is free; never waits for it."""
         if self._running:
             self._running.give_up = True
         self._jobs.put(None)
+
+    def join(self, deadline_s: float) -> bool:
+        """Wait until the thread that `close` has told to end is gone; whether it is, by the deadline."""
+        return is_gone(self._thread, deadline_s)
 
     async def _have_done(self, work: Callable[[Progress], Any], deadline_s: float) -> Any:  # noqa: ANN401 - the job's own
         if self._overdue:
@@ -716,6 +728,30 @@ class Sweeper:
             job.answer.set_exception(failure)
         else:
             job.answer.set_result(result)
+
+
+def is_gone(thread: threading.Thread, within: float) -> bool:
+    """Wait until the kernel has let go of a thread that is ending, so that a fork meets it no more; whether it has.
+
+    Not join(): from 3.13 on that waits for the kernel's part of a thread's end without a limit, and there a thread waits
+    for every command that it has sent.
+    """
+    task = f"/proc/self/task/{thread.native_id}"
+    until = time.monotonic() + within
+    while thread.is_alive() or os.path.exists(task):  # noqa: PTH110 - as above
+        if time.monotonic() >= until:
+            return False
+        time.sleep(_GLANCE)
+    return True
+
+
+def _look_for_stuck(progress: Progress) -> tuple[str, ...]:
+    def note(what: str) -> None:
+        if progress.give_up:
+            raise GaveUpError
+        progress.at = what
+
+    return stuck.look(note=note)
 
 
 def _inspect(pids: Iterable[int], progress: Progress) -> dict[int, Server]:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from duende_ublkd.core.errors import DuendeError
 from duende_ublkd.core.holds import Holds
 from duende_ublkd.core.text import printable
-from duende_ublkd.kernel import runfile
+from duende_ublkd.kernel import ownership, runfile
 
 NAME = "holds.json"
 MOST_BYTES = 1 << 20  # core.holds.MOST_HOLDS of the longest fit
@@ -52,12 +52,14 @@ def read(directory: str) -> dict[str, Any] | None:
     path = f"{directory}/{NAME}"
     try:
         # O_NONBLOCK: of a FIFO that somebody put there, nobody may ever open the other end.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with runfile.opened(directory) as there:
+            fd = os.open(NAME, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=there)
     except FileNotFoundError:
         return None
     except OSError as error:
         what = "is a symbolic link" if error.errno == errno.ELOOP else f"cannot be opened: {error.strerror}"
-        _refuse(path, what, error)
+        hint = error.__cause__.hint if isinstance(error.__cause__, ownership.Doubt) else ""
+        _refuse(path, printable(what, 1000), error, hint)
     try:
         _check_author(path, os.fstat(fd))
         with os.fdopen(fd, "rb", closefd=False) as file:
@@ -93,11 +95,13 @@ def _check_author(path: str, status: os.stat_result) -> None:
         _refuse(path, f"belongs to uid {status.st_uid}, not to root")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         _refuse(path, f"may be written by others than its owner (mode {stat.S_IMODE(status.st_mode):o})")
+    if status.st_nlink > 1:
+        _refuse(path, "has another name somewhere")
 
 
-def _refuse(path: str, what: str, cause: BaseException | None = None) -> NoReturn:
+def _refuse(path: str, what: str, cause: BaseException | None = None, hint: str = "") -> NoReturn:
     file = printable(path)
     raise DuendeError(
         f"{file} {what}, so nobody knows which devices are on hold",
-        hint=f"ls -l {file}; to go on with the holds that the journal has: rm {file}",
+        hint=hint or f"ls -l {file}; to go on with the holds that the journal has: rm {file}",
     ) from cause

@@ -23,6 +23,8 @@ Rules:
    makes one of them the heir, and closes the socket.
 6. A char device is known by its number, wherever its node lies and from whichever root it was opened, and also by its
    name; either is enough.
+7. Nothing is executed that others than root, the daemon's user and the command's own may change: asked of the program
+   that was found, right before, in the process that executes it and that may wait for its disk.
 
 What it cannot see: a char device that is only mapped, or registered with an io_uring, its descriptor closed. (To read
 /proc/PID/maps or map_files takes that process's mmap_lock, which one that waits for a sick disk may hold for ever.)
@@ -47,7 +49,9 @@ import stat
 import sys
 import time
 
+from duende_ublkd.core.text import printable
 from duende_ublkd.kernel.binding import WaitingRing
+from duende_ublkd.kernel.ownership import Doubt, Trust
 
 TYPE_CHECKING = False  # typing costs half a MiB
 if TYPE_CHECKING:
@@ -70,6 +74,7 @@ _CHAR_DEVICE = "/dev/ublkc"
 _CHAR_NAME = "ublkc"
 _DEEPEST = 1000  # generations between a supervisor and its last descendant; a stale chain of parents may be a circle
 _MOST_NAMED = 3
+_MOST_DOUBT = 300  # characters of each half of a sentence that goes through a pipe in one piece
 _VANISHED = (errno.ENOENT, errno.ESRCH)
 
 _MCL_CURRENT, _MCL_FUTURE, _MCL_ONFAULT = 1, 2, 4
@@ -113,6 +118,11 @@ class Talk:
             raise Gone
         heard: dict[str, Any] = json.loads(raw)
         return heard
+
+    def hear_with_descriptor(self) -> int | None:
+        """The descriptor that comes with the next message; None: there is none, or the daemon has gone."""
+        received = _receive(self._connection)
+        return received[1] if received else None
 
     def close(self) -> None:
         self._connection.close()
@@ -285,7 +295,7 @@ def _is_told_to_go(talk: Talk) -> bool:
 def _be_hand(order: dict[str, Any], talk: Talk, ring: WaitingRing | int) -> None:
     if _is_told_to_go(talk):
         _prctl(_PR_SET_NAME, b"ublkd-hand")
-        talk.say(**_answer(order, ring))
+        talk.say(**_answer(order, talk, ring))
 
 
 def _be_supervisor(order: dict[str, Any], talk: Talk) -> None:
@@ -326,7 +336,7 @@ def _ring_or_errno() -> WaitingRing | int:
 # --- a hand ----------------------------------------------------------------------------------------------------------
 
 
-def _answer(order: dict[str, Any], ring: WaitingRing | int) -> dict[str, Any]:
+def _answer(order: dict[str, Any], talk: Talk, ring: WaitingRing | int) -> dict[str, Any]:
     """`result` of `command`, or what `failed` with which `errno`. Everything is closed again when it is given."""
     if isinstance(ring, int):
         return {"failed": "ring", "errno": ring}
@@ -335,26 +345,43 @@ def _answer(order: dict[str, Any], ring: WaitingRing | int) -> dict[str, Any]:
     except OSError as error:
         return {"failed": "control", "errno": error.errno}
     try:
-        return _stop(order, ring, control)
+        return _stop_if_still_wanted(order, talk, ring, control)
     except OSError as error:
         return {"failed": "send", "errno": error.errno}
     finally:
         os.close(control)
 
 
-def _stop(order: dict[str, Any], ring: WaitingRing, control: int) -> dict[str, Any]:
-    """Stop one device, unless somebody has claimed its disk."""
+def _stop_if_still_wanted(order: dict[str, Any], talk: Talk, ring: WaitingRing, control: int) -> dict[str, Any]:
+    """The open may have waited, behind whoever is stuck in one, until a new server came: then nothing is to be stopped.
+
+    With its word the daemon hands over its claim on the char device: no server can come while it is with this child.
+    """
+    node = _claim(order)
+    if isinstance(node, dict):
+        return node
+    talk.say(opened=True)
+    claim = talk.hear_with_descriptor()
+    if claim is None:
+        os.close(node)
+        return {"command": "open", "failed": "late", "errno": errno.ECANCELED}
+    try:
+        return _stop(order, ring, control, node)
+    finally:
+        os.close(claim)
+
+
+def _stop(order: dict[str, Any], ring: WaitingRing, control: int, node: int) -> dict[str, Any]:
+    """Stop one device, unless somebody has claimed its disk. `node`: it, opened as its only user."""
     if order["try"]:
-        node = _claim(order)
-        if isinstance(node, dict):
-            return node
         os.close(node)  # or it would be the opener that TRY_STOP_DEV finds
         result = ring.perform(control, bytes.fromhex(order["try"]))
         if result not in _UNSUPPORTED:
             return {"command": "TRY_STOP_DEV", "result": result}
-    node = _claim(order)
-    if isinstance(node, dict):
-        return node
+        again = _claim(order)
+        if isinstance(again, dict):
+            return again
+        node = again
     try:  # with the node held: nobody mounts it or swaps on it in between
         for entry in order["stop"]:
             result = ring.perform(control, bytes.fromhex(entry))
@@ -436,8 +463,11 @@ class Supervisor:
         os.close(self._exec)
         self._exec = -1
         if failure:
-            number, step = json.loads(failure)
-            self._say_trouble(number, step)
+            number, step, *doubt = json.loads(failure)
+            if doubt:
+                self._say(trouble=f"{doubt[0]}; {doubt[1]}", errno=number, step=step, hint=doubt[1])
+            else:
+                self._say_trouble(number, step)
         elif not self._is_given_up:
             self._is_started = True
             self._time_is_over = time.monotonic() + self._order["timeout"]
@@ -638,6 +668,7 @@ def begin_command(order: dict[str, Any]) -> tuple[int, int, int]:
 
 def _become_command(order: dict[str, Any], output: int, failure: int) -> NoReturn:
     step = "prepare"
+    trust = Trust() if order["uid"] is None else Trust(order["uid"])
     try:
         _prepare(os.open("/dev/null", os.O_RDWR), output, output)
         step = "change to the user"
@@ -646,7 +677,10 @@ def _become_command(order: dict[str, Any], output: int, failure: int) -> NoRetur
             os.setresgid(order["gid"], order["gid"], order["gid"])
             os.setresuid(order["uid"], order["uid"], order["uid"])
         step = "run"
-        _execute(order["argv"], order["env"])
+        _execute(order["argv"], order["env"], trust)
+    except Doubt as doubt:
+        told = [str(doubt)[:_MOST_DOUBT], doubt.hint[:_MOST_DOUBT]]
+        os.write(failure, json.dumps([0, step, *told]).encode())
     except OSError as error:
         os.write(failure, json.dumps([error.errno, step]).encode())
     except BaseException:  # noqa: BLE001 - nothing of this may run on in the child
@@ -655,14 +689,17 @@ def _become_command(order: dict[str, Any], output: int, failure: int) -> NoRetur
         os._exit(127)
 
 
-def _execute(argv: list[str], environment: dict[str, str]) -> NoReturn:
-    """As execvp(3) with the command's own PATH; os.execvpe() would import on its way."""
+def _execute(argv: list[str], environment: dict[str, str], trust: Trust) -> NoReturn:
+    """As execvp(3) with the command's own PATH; os.execvpe() would import on its way. Doubt: rule 7."""
     if "/" in argv[0]:
+        trust.check(argv[0])
         os.execve(argv[0], argv, environment)  # noqa: S606 - no shell, by promise
     failure = OSError(errno.ENOENT, "")
     for directory in environment.get("PATH", os.defpath).split(":"):
+        path = f"{directory or '.'}/{argv[0]}"
         try:
-            os.execve(f"{directory or '.'}/{argv[0]}", argv, environment)  # noqa: S606 - as above
+            trust.check(path)
+            os.execve(path, argv, environment)  # noqa: S606 - as above
         except (FileNotFoundError, NotADirectoryError):
             continue
         except PermissionError as error:
@@ -827,6 +864,7 @@ def still_there() -> str:
 def _named(pid: int) -> str:
     try:
         with open(f"/proc/{pid}/comm", "rb") as file:
-            return f"pid {pid} ({file.read(64).decode(errors='replace').strip()})"
+            comm = file.read(64).removesuffix(b"\n")
+            return f"pid {pid} ({printable(comm)})"
     except OSError:
         return f"pid {pid}"

@@ -9,6 +9,7 @@ import socket
 from duende_ublkd.core.errors import UsageError
 
 RUN_DIR = "/run/duende-ublkd"
+_INFINITE = (1 << 64) - 1  # microseconds, in systemd's way
 
 
 def run_directory() -> str:
@@ -46,6 +47,15 @@ class SoleDaemon:
     def close(self) -> None:
         """Let another daemon start."""
         os.close(self._fd)
+
+
+def watchdog_patience() -> float | None:
+    """sd_watchdog_enabled(3): the seconds after which the service manager kills a daemon that it has not heard of."""
+    microseconds, pid = os.environ.get("WATCHDOG_USEC", ""), os.environ.get("WATCHDOG_PID", "")
+    if pid and pid != str(os.getpid()):
+        return None  # it is meant for whoever has started us
+    is_number = microseconds.isascii() and microseconds.isdigit()
+    return int(microseconds) / 1e6 if is_number and 0 < int(microseconds) < _INFINITE else None
 
 
 def tell_service_manager(message: str) -> None:

@@ -8,9 +8,13 @@ Rules:
    from submission to completion, whatever its caller does meanwhile: give up, be cancelled, or close the ring.
 2. Every command has a deadline (or says that it has none, as a server's FETCH). After it comes ASYNC_CANCEL, after that
    the caller gets CommandOverdueError; the late completion is collected and counted all the same.
-3. No more commands are in flight than the completion queue has room for; the rest wait their turn.
+3. No more commands are in flight than the completion queue has room for; the rest wait their turn. Cancellations and
+   no-ops do not: the first make room, and the second tell a ring that is full from one that carries nothing.
 
-`binding` says what is special about an entry of 128 bytes.
+4. The kernel takes nothing from it but what `OPERATIONS` names: neither this code gone wrong nor whoever gets hold of the
+   descriptor can read, write or open anything with it.
+
+`binding` says what is special about an entry of 128 bytes, and what a restriction cannot tell.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from duende_ublkd.core.errors import CommandOverdueError, KernelUnavailableError
+from duende_ublkd.core.errors import CommandError, CommandOverdueError, KernelUnavailableError
 from duende_ublkd.kernel import abi, binding
 
 if TYPE_CHECKING:
@@ -32,9 +36,10 @@ if TYPE_CHECKING:
 
 CANCEL_GRACE = 1.0  # seconds; an interruptible wait answers its cancellation in well under one millisecond
 CLOSE_GRACE = 1.0
+OPERATIONS = (abi.IORING_OP_NOP, abi.IORING_OP_ASYNC_CANCEL, abi.IORING_OP_URING_CMD)
 RETRY = 0.01  # seconds after which the kernel, short of memory, is offered the same entries again
 
-
+_NOP = "NOP"
 _why_no_ring = binding.why_no_ring
 
 
@@ -58,6 +63,7 @@ class _Flight:
     future: asyncio.Future[Completion] | None = None  # None: an ASYNC_CANCEL, whose answer says nothing that we need
     waited: float = 0.0
     timer: asyncio.TimerHandle | None = None
+    goes_first: bool = False
     place: int = 0
     sent: bool = False
     cancelled: bool = False
@@ -100,6 +106,7 @@ class Ring:
             self._event = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             undo.callback(os.close, self._event)
             binding.checked(binding.register.io_uring_register_eventfd, self._ring, self._event)
+            self.is_confined = _confine(self._ring.ring_fd)
             self._loop.add_reader(self._event, self._on_event)
             undo.callback(self._loop.remove_reader, self._event)
             self._give_back = undo.pop_all().close
@@ -138,11 +145,23 @@ class Ring:
 
         `command`: up to 80 bytes. `deadline`: seconds; None for a command that may take for ever. `keep`: the buffers
         that the command points to. Raises CommandOverdueError when neither the command nor its cancellation answered,
+        CommandError (ECANCELED) when the kernel did not take it by its deadline, so that nobody will answer it either,
         RuntimeError on a closed ring.
         """
         number = next(self._numbers)
         entry = abi.pack_sqe(abi.IORING_OP_URING_CMD, fd, number, cmd_op=cmd_op, command=command)
         return await self._perform(_Flight(name, dev_id, number, entry, keep), deadline)
+
+    async def nop(self, deadline: float) -> None:
+        """Prove that commands go to the kernel and come back. CommandOverdueError: they do not.
+
+        Nothing but the kernel's own entry is needed for it: however many commands hang, it is answered.
+        """
+        if any(flight.name == _NOP for flight in self._in_flight.values()):
+            raise CommandOverdueError(_NOP, None, deadline)  # the former one is still on its way
+        number = next(self._numbers)
+        entry = abi.pack_sqe(abi.IORING_OP_NOP, -1, number)
+        await self._perform(_Flight(_NOP, None, number, entry, goes_first=True), deadline)
 
     async def close(self) -> None:
         """Cancel what is in flight, wait a moment for it, give the ring back. Callers still waiting get an error."""
@@ -178,7 +197,10 @@ class Ring:
         if deadline is not None:
             flight.waited = deadline
             flight.timer = self._loop.call_later(deadline, self._expire, flight)
-        self._waiting.append(flight)
+        if flight.goes_first:
+            self._waiting.appendleft(flight)
+        else:
+            self._waiting.append(flight)
         self._plan_flush()
         return await flight.future
 
@@ -207,8 +229,8 @@ class Ring:
             if flight.abandoned:
                 _stop_timer(self._waiting.popleft())
                 continue
-            if flight.future and len(self._in_flight) >= self._capacity:
-                break  # cancellations go first and are exempt: they are what makes room
+            if not flight.goes_first and len(self._in_flight) >= self._capacity:
+                break
             if not binding.queue.io_uring_get_sqe(self._ring):
                 break
             self._write(self._waiting.popleft())
@@ -230,7 +252,7 @@ class Ring:
         try:
             sent = binding.checked(binding.queue.io_uring_submit, self._ring)
         except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EBUSY, errno.EINTR):
+            if error.errno not in (errno.EAGAIN, errno.EBUSY, errno.EINTR, errno.ENOMEM):
                 raise
             return False
         self._stats.submitted += sent
@@ -267,7 +289,7 @@ class Ring:
     def _expire(self, flight: _Flight) -> None:
         if not flight.sent:
             # The kernel never had it: nothing to own, nothing to cancel.
-            _give_up(flight, CommandOverdueError(flight.name, flight.dev_id, flight.waited))
+            _give_up(flight, _not_sent(flight))
             return
         self._cancel(flight)
         flight.timer = self._loop.call_later(CANCEL_GRACE, self._declare_overdue, flight)
@@ -276,7 +298,7 @@ class Ring:
         flight.cancelled = True
         number = next(self._numbers)
         entry = abi.pack_sqe(abi.IORING_OP_ASYNC_CANCEL, -1, number, addr=flight.user_data)
-        self._waiting.appendleft(_Flight("ASYNC_CANCEL", flight.dev_id, number, entry))
+        self._waiting.appendleft(_Flight("ASYNC_CANCEL", flight.dev_id, number, entry, goes_first=True))
         self._plan_flush()
 
     def _declare_overdue(self, flight: _Flight) -> None:
@@ -297,9 +319,25 @@ def _give_up(flight: _Flight, error: Exception) -> None:
         flight.future.set_exception(error)
 
 
+def _not_sent(flight: _Flight) -> Exception:
+    if flight.goes_first:  # a question to the ring itself, and this is the answer
+        return CommandOverdueError(flight.name, flight.dev_id, flight.waited)
+    why = f"not sent: the kernel took no command for {flight.waited:.3g} s"
+    return CommandError(flight.name, flight.dev_id, errno.ECANCELED, why)
+
+
 def _set_up(entries: int) -> Any:  # noqa: ANN401 - liburing has no types
     try:
         return binding.set_up(entries)
+    except OSError as error:
+        message, hint = _why_no_ring(error.errno or 0)
+        raise KernelUnavailableError(message, hint=hint) from error
+
+
+def _confine(ring_fd: int) -> bool:
+    """After this nothing can be registered any more. False: this kernel restricts no ring."""
+    try:
+        return binding.confine(ring_fd, OPERATIONS)
     except OSError as error:
         message, hint = _why_no_ring(error.errno or 0)
         raise KernelUnavailableError(message, hint=hint) from error

@@ -18,9 +18,10 @@ from __future__ import annotations
 import asyncio
 import os
 import select
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from duende_ublkd.core.model import Server
+from duende_ublkd.core.model import Condition, Server
 from duende_ublkd.core.text import printable
 
 if TYPE_CHECKING:
@@ -28,8 +29,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _UNIT_SUFFIXES = (".service", ".scope", ".slice", ".socket", ".mount", ".swap")
+_MOST_DESCRIPTORS = 4096
 _SMALL_FILE = 65536  # comm is 16 bytes, stat under 1 KiB, cgroup at most a dozen paths
-_STARTTIME_AFTER_COMM = 19  # field 22 of stat, counted from field 3
+_FLAGS_AFTER_COMM = 6  # fields 9, 22 and 52 of stat, counted from field 3
+_STARTTIME_AFTER_COMM = 19
+_EXIT_CODE_AFTER_COMM = 49
+_PF_EXITING = 0x4
 
 
 def inspect(pid: int, proc: str | Path = "/proc") -> Server | None:
@@ -41,11 +46,11 @@ def inspect(pid: int, proc: str | Path = "/proc") -> Server | None:
     except OSError:  # gone, or hidden from us
         return Server(pid, alive=is_alive(pid))
     try:
-        comm, exe, unit, start_time = _read_all(directory)
+        known = _read_all(pid, directory)
     finally:
         os.close(directory)
     # Asked last: what was alive after the reads was alive during them.
-    return Server(pid, alive=is_alive(pid), comm=comm, exe=exe, unit=unit, start_time=start_time)
+    return replace(known, alive=is_alive(pid))
 
 
 def is_alive(pid: int) -> bool | None:
@@ -82,17 +87,59 @@ def start_time_of(stat: bytes) -> int:
         return 0
 
 
-def _read_all(directory: int) -> tuple[str, str, str, int]:
+def condition_of(stat: bytes) -> Condition:
+    """From the text of /proc/PID/stat. Of a killed process whose threads sleep on in the kernel, io_uring's requests being
+    waited for before anything else (do_exit), only the group's exit code tells (field 52, for whoever may ptrace it).
+    """
+    fields = stat.rpartition(b")")[2].split()
+    if len(fields) <= _EXIT_CODE_AFTER_COMM:
+        return Condition.WELL
+    if fields[0] in (b"T", b"t"):  # whose exit code is the signal that stopped it
+        return Condition.STOPPED
+    is_exiting = fields[_FLAGS_AFTER_COMM].isdigit() and int(fields[_FLAGS_AFTER_COMM]) & _PF_EXITING
+    # A leader that is a zombie may have threads that go on serving.
+    if fields[0] != b"Z" and (is_exiting or fields[_EXIT_CODE_AFTER_COMM] != b"0"):
+        return Condition.DYING
+    return Condition.WELL
+
+
+def has_ring(process: str | Path) -> bool | None:
+    """Whether one of its descriptors is an io_uring; None: that cannot be seen, or it has too many to look at.
+
+    `process`: its directory in /proc; where the leader has exited and has no descriptors any more, that of a thread.
+    """
+    try:
+        names = os.listdir(f"{process}/fd")
+    except OSError:
+        return None
+    if not 0 < len(names) <= _MOST_DESCRIPTORS:
+        return None
+    for name in names:
+        try:
+            if os.readlink(f"{process}/fd/{name}") == "anon_inode:[io_uring]":
+                return True
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return None
+    return False
+
+
+def _read_all(pid: int, directory: int) -> Server:
     comm = _read(directory, "comm").removesuffix(b"\n")
     try:
         exe = os.readlink("exe", dir_fd=directory)
     except OSError:  # a kernel thread or a zombie has none; or not permitted
         exe = ""
-    return (
-        printable(comm),
-        printable(exe),
-        unit_of(_read(directory, "cgroup")),
-        start_time_of(_read(directory, "stat")),
+    stat = _read(directory, "stat")
+    return Server(
+        pid,
+        alive=None,
+        comm=printable(comm),
+        exe=printable(exe),
+        unit=unit_of(_read(directory, "cgroup")),
+        start_time=start_time_of(stat),
+        condition=condition_of(stat).value,
     )
 
 

@@ -8,7 +8,8 @@ A hint says "look now, at this id, or at all", and nothing else. Facts:
 - Events of one id come in order: `add` of the char device, `add` and `remove` of the disk, `remove` of the char device, and
   only then can the id be added again. So a disk's event after the char device's last one is of the present instance. That
   is the one thing that a look at the kernel cannot tell afterwards: whether a DEAD device was ever started.
-- libudev reads from a socket that anybody could send to, and drops what does not come from the kernel.
+- libudev reads from a socket that anybody could send to, and drops what does not come from the kernel. What the kernel
+  says is taken by its form all the same: another name than ublk's is nobody's, another action is `other`.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 RECEIVE_BUFFER = 8 << 20  # bytes; some 8,000 events. Grown as far as rmem_max where CAP_NET_ADMIN is missing
 _WATCHED = flags.OPEN | flags.CLOSE_WRITE | flags.CLOSE_NOWRITE | flags.ATTRIB
+_ACTIONS = frozenset({"add", "remove", "change", "move", "online", "offline", "bind", "unbind"})
 _NAME = re.compile(r"ublk[bc]([0-9]{1,7})(?:p[0-9]+)?")
 
 
@@ -85,10 +87,13 @@ class Uevents:
 
     def _on_readable(self) -> None:
         """Read all that has come. Netlink tells of a loss before the messages that are older than it, and goes on losing
-        until its queue is empty: so what these messages say is forgotten after the last of them, not before.
+        until its queue is empty: so they are thrown away. To read thousands would hold up the loop for seconds, and whoever
+        hears of the loss looks at all.
         """
         lost = self._take_error()
         while True:
+            if lost:
+                self._discard()
             try:
                 device = self._monitor.poll(timeout=0)
             except OSError:  # pyudev reads nothing while the socket has an error to tell, and tells no errno
@@ -103,22 +108,40 @@ class Uevents:
             self._had_disk.clear()
             self._listener.on_overflow()
 
+    def _discard(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                try:
+                    self._socket.recv(1, socket.MSG_DONTWAIT | socket.MSG_TRUNC)
+                except OSError as error:
+                    if error.errno != errno.ENOBUFS:
+                        raise
+
     def _take_error(self) -> bool:
         """Whether the socket has an error to tell (ENOBUFS: events were lost); it is told once."""
         return self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0
 
     def _tell(self, device: pyudev.Device) -> None:
-        subsystem, action, name = str(device.subsystem), str(device.action), str(device.sys_name)
+        subsystem, action, name = (_word(device, of) for of in ("subsystem", "action", "sys_name"))
+        action = action if action in _ACTIONS else "other"
         if subsystem == "misc":
             if name == "ublk-control":
                 self._listener.on_driver(action)
-        elif match := _NAME.fullmatch(name):
+        elif subsystem in ("block", "ublk-char") and (match := _NAME.fullmatch(name)):
             dev_id = int(match[1])
             if subsystem == "block":
                 self._had_disk.add(dev_id)
             else:
                 self._had_disk.discard(dev_id)
             self._listener.on_uevent(subsystem, action, dev_id)
+
+
+def _word(device: pyudev.Device, name: str) -> str:
+    """What a message says; empty: nothing, or no UTF-8, which pyudev fails at."""
+    try:
+        return str(getattr(device, name) or "")
+    except (UnicodeError, AttributeError, TypeError):
+        return ""
 
 
 class NodeWatch:

@@ -22,6 +22,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from duende_ublkd.core.model import Action, Event, EventKind, Level, Outcome, VerdictKind
+from duende_ublkd.core.policy import WHAT_WOULD_CHANGE_IT
 from duende_ublkd.core.text import printable
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class Journal:
 
     def _note_verdict(self, device: Judged) -> None:
         dev_id, verdict = device.seen.dev_id, device.verdict
-        text = f"ublk{dev_id} is {verdict.kind.value}: {verdict.reason}"
+        text = f"ublk{dev_id} is {verdict.kind.value}: {verdict.reason}{_wedged_by(device)}"
         if verdict.action in (Action.DELETE, Action.RECOVER):  # the deed has its own lines, before and after
             self._write(EventKind.VERDICT, Level.INFO, text, dev_id, facts_of(device))
         else:
@@ -169,6 +170,14 @@ class Journal:
         self._record(Event(time.time(), kind, level, printable(text, _LINE_LIMIT), dev_id, facts))
 
 
+def _wedged_by(device: Judged) -> str:
+    """Who sleeps in the kernel, and what to do about it."""
+    if device.verdict.kind is not VerdictKind.WEDGED:
+        return ""
+    asleep = f"; asleep in the kernel: {'; '.join(device.stuck)}" if device.stuck else ""
+    return f"{asleep}; what it takes: {WHAT_WOULD_CHANGE_IT.get(device.verdict.rule, 'not known')}"
+
+
 def facts_of(device: Judged) -> dict[str, Any]:
     """What the journal keeps of a device, as JSON values."""
     seen, verdict, server = device.seen, device.verdict, device.seen.server
@@ -183,6 +192,7 @@ def facts_of(device: Judged) -> dict[str, Any]:
         else None,
         "holders": [str(holder) for holder in seen.usage.holders] if seen.usage else None,
         "attempts": device.trail.attempts,
+        "stuck": list(device.stuck),
     }
 
 

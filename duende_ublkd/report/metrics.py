@@ -97,8 +97,10 @@ class Metrics:
         locked: Callable[[], int],
         store: Store | None = None,
         holds: Callable[[], Sequence[Hold]] = tuple,
+        lag: Callable[[], float] = float,
     ) -> None:
-        """What a scrape asks for itself: overdue commands, bytes of locked memory, the journal's state, the holds."""
+        """What a scrape asks for itself: overdue commands, locked memory, the journal, the holds, the lag."""
+        self._snapshot.lag = lag
         self._snapshot.overdue = overdue
         self._snapshot.locked = locked
         self._snapshot.store = store
@@ -155,6 +157,7 @@ class _Snapshot(Collector):
         self.driver = DriverFacts()
         self.overdue: Callable[[], int] = int
         self.locked: Callable[[], int] = int
+        self.lag: Callable[[], float] = float
         self.store: Store | None = None
         self.holds: Callable[[], Sequence[Hold]] = tuple
 
@@ -171,6 +174,8 @@ class _Snapshot(Collector):
         yield GaugeMetricFamily(
             f"{_PREFIX}_memory_locked_bytes", "Memory that cannot be swapped out.", value=self.locked()
         )
+        late = "How late the event loop's timers were, at worst within the last minute."
+        yield GaugeMetricFamily(f"{_PREFIX}_event_loop_lag_seconds", late, value=self.lag())
         counts = GaugeMetricFamily(f"{_PREFIX}_devices", "Devices by verdict.", labels=["verdict"])
         for kind in VerdictKind:
             counts.add_metric([kind.value], sum(device.verdict.kind is kind for device in devices))

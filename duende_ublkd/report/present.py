@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from duende_ublkd.core.config import duration_text
-from duende_ublkd.core.model import Action, feature_names
+from duende_ublkd.core.model import Action, VerdictKind, feature_names
 from duende_ublkd.core.policy import WHAT_WOULD_CHANGE_IT
 from duende_ublkd.core.text import printable
 
@@ -39,6 +39,7 @@ def as_object(device: Judged) -> dict[str, Any]:
         "owner_uid": info.owner_uid if info else None,
         "server": _server_object(_server_of(device)),
         "holders": [{"kind": holder.kind, "what": holder.what} for holder in holders],
+        "stuck": list(device.stuck),
         "since": _timestamp(device.since),
         "block_device": f"/dev/ublkb{seen.dev_id}" if seen.disk else None,
         "char_device": seen.char_device,
@@ -127,6 +128,7 @@ def explain(of: Explanation) -> str:
         ("char device", _char_sentence(device)),
         ("block device", _disk_sentence(device)),
         ("held by", _holder_sentence(device)),
+        ("asleep", _asleep_sentence(device)),
         ("instance", f"sysfs inode {seen.identity.sysfs_inode}" if seen.identity.sysfs_inode else "deleted"),
         ("age", "not known" if seen.age is None else f"at least {age(seen.age)}"),
         ("watched", _watched_sentence(of)),
@@ -140,6 +142,13 @@ def _next_sentence(device: Judged) -> str:
         return "nothing, until something changes" if verdict.action in (Action.NONE, Action.ALERT) else "now"
     at = datetime.fromtimestamp(time.time() + verdict.look_again_in).astimezone()
     return f"in {age(verdict.look_again_in)}, at {at:%H:%M:%S}: {verdict.then or 'it is looked at again'}"
+
+
+def _asleep_sentence(device: Judged) -> str:
+    """Who sleeps in the kernel: looked for where something is wedged."""
+    if device.verdict.kind is not VerdictKind.WEDGED:
+        return "not looked for"
+    return "; ".join(device.stuck) or "nobody that can be seen"
 
 
 def _settings(chosen: ChosenPolicy) -> list[tuple[str, str]]:

@@ -2,15 +2,20 @@
 
 Reading a database in WAL mode takes its log's index, a file beside it, which has to be made where there is none. Where
 this user or the file system does not allow that, a copy of the journal is read: nobody can be writing it then.
+
+What somebody else than root or this user may have put there is not believed, and no symbolic link is followed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import sqlite3
+import stat
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from duende_ublkd.core.errors import DuendeError
 from duende_ublkd.report.store import Record, records_of
@@ -54,9 +59,9 @@ def read_file(
 
 
 def _check(path: Path) -> None:
-    """That there is a file which may be read, in words for each other case."""
+    """That there is a file which may be read and believed, in words for each other case."""
     try:
-        with path.open("rb") as file:
+        with _opened(path) as file:
             file.read(1)
     except FileNotFoundError as error:
         raise DuendeError(
@@ -69,6 +74,25 @@ def _check(path: Path) -> None:
         ) from error
     except OSError as error:
         raise DuendeError(f"{path} cannot be read: {error.strerror}", hint=f"ls -l {path}") from error
+
+
+def _opened(path: Path) -> BinaryIO:
+    """Not waiting for the other end of a FIFO. OSError; DuendeError: it is not what the daemon has written."""
+    for place in (path.parent, path):
+        about = place.stat() if place == path.parent else place.lstat()
+        if why := _why_not_ours(about):
+            raise DuendeError(f"{place} is not believed: {why}", hint=f"ls -ld {place}")
+    if not stat.S_ISREG(about.st_mode):
+        raise DuendeError(f"{path} is not believed: it is no regular file", hint=f"ls -l {path}")
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+
+
+def _why_not_ours(about: os.stat_result) -> str:
+    if about.st_uid not in (0, os.geteuid()):
+        return f"it belongs to uid {about.st_uid}"
+    if about.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not stat.S_ISLNK(about.st_mode):
+        return f"it can be written by others (mode {stat.S_IMODE(about.st_mode):04o})"
+    return ""
 
 
 def _rows(path: Path, wanted: dict[str, Any]) -> list[list[Any]]:
@@ -89,9 +113,12 @@ def _rows(path: Path, wanted: dict[str, Any]) -> list[list[Any]]:
 def _rows_of_copy(path: Path, wanted: dict[str, Any]) -> list[list[Any]]:
     with tempfile.TemporaryDirectory(prefix="duende-ublkd-") as place:
         for suffix in ("", "-wal"):
-            source = path.with_name(FILE_NAME + suffix)
-            if source.exists():
-                shutil.copyfile(source, f"{place}/{FILE_NAME}{suffix}")
+            with (
+                contextlib.suppress(FileNotFoundError),
+                _opened(path.with_name(FILE_NAME + suffix)) as source,
+                Path(place, FILE_NAME + suffix).open("xb") as copy,
+            ):
+                shutil.copyfileobj(source, copy)
         return _rows(Path(place) / FILE_NAME, wanted)
 
 

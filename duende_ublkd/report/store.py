@@ -55,6 +55,7 @@ MOST_UNSAVED = 5000  # keys
 CUT = "_cut"
 """The fact that says which facts of an event were left out, and why."""
 
+_LATEST = 253_402_300_799.0  # 9999-12-31T23:59:59Z: later, nobody can write it down
 _BATCH = 100
 _BATCH_BYTES = 60 << 10
 _FRAME = 200  # bytes of a batch that are neither event nor state
@@ -287,11 +288,21 @@ class Store:
             async with asyncio.timeout(deadline):
                 await asyncio.shield(self._state_read)
         if self._state_read.done():
-            return {key: json.loads(value) for key, value in self._state.items()}
+            return self._decoded_state()
         if not self._trouble:
             self._overdue = True
             self._say(NO_ANSWER)
         return {}
+
+    def _decoded_state(self) -> dict[str, Any]:
+        """Without what nobody can have saved here: the file may have been edited, or damaged where SQLite cannot tell."""
+        found = {}
+        for key, value in self._state.items():
+            try:
+                found[key] = json.loads(value)
+            except (ValueError, TypeError, RecursionError):
+                self._on_trouble(f"what the journal has kept as {printable(key, 60)} is not understood")
+        return found
 
     async def close(self, deadline: float = 1.0) -> None:
         """Write what can be, then leave the writer to itself. What waits after the deadline is lost, or its to write."""
@@ -569,6 +580,8 @@ class Store:
                 packet = self._writer.receive()
             except BlockingIOError:
                 return
+            except ConnectionError:
+                continue  # told once, and before what was said before the end: who it is may be among that
             except OSError:
                 packet = b""
             if not packet:
@@ -618,8 +631,9 @@ class Store:
     def _take_state(self, rows: Iterable[list[Any]], last_seq: int) -> None:
         """What is saved since is newer than what is read."""
         for key, value in rows:
-            if key not in self._unsaved:
-                self._state_bytes += _size(key, value) - _size(key, self._state.get(key))
+            more = _size(key, value) - _size(key, self._state.get(key))
+            if key not in self._unsaved and self._state_bytes + more <= MOST_STATE:
+                self._state_bytes += more
                 self._state[key] = value
         self._last_seq = max(self._last_seq, last_seq)
         if not self._tail or last_seq < self._tail[0].seq:
@@ -735,19 +749,21 @@ def records_of(rows: Iterable[list[Any]]) -> list[Record]:
 
 
 def _record_of(row: list[Any]) -> Record | None:
-    seq, at, kind, level, dev_id, text, facts = row
     try:
+        seq, at, kind, level, dev_id, text, facts = row
         known = EventKind(kind), Level(level)
         decoded = json.loads(facts) if facts else {}
+        when = float(at)
     except (ValueError, TypeError, RecursionError):
         return None
-    if not isinstance(decoded, dict):
+    is_ours = isinstance(decoded, dict) and isinstance(text, str) and isinstance(dev_id, int | None)
+    if not is_ours or not 0 <= when <= _LATEST:
         return None
-    return Record(seq, Event(float(at), *known, printable(text, MOST_TEXT), dev_id, decoded))
+    return Record(seq, Event(when, *known, printable(text, MOST_TEXT), dev_id, decoded))
 
 
 def _fit(seq: int, event: Event, now: float) -> _Entry:
-    at = event.at if math.isfinite(event.at) else now
+    at = event.at if math.isfinite(event.at) and 0 <= event.at <= _LATEST else now
     text = printable(event.text, MOST_TEXT)
     if len(text.encode()) > MOST_TEXT:
         text = text.encode()[: MOST_TEXT - 3].decode("utf-8", "ignore") + "…"

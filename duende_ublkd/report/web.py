@@ -310,7 +310,7 @@ class WebServer:
                     if record is None:
                         return
                     if dev_id in (None, record.event.dev_id) or "missed" in record.event.facts:
-                        line = _dumps(objects.event_object(record)).encode() + b"\n"
+                        line = _dumps(objects.event_object(record)) + b"\n"
                     coming = asyncio.ensure_future(_next(events))
                 if line or loop.time() >= silent_since + self._times.heartbeat:
                     yield line or b"\n"
@@ -456,16 +456,17 @@ def _is_ours(record: logging.LogRecord) -> bool:
     return not isinstance(error, HttpProcessingError | ConnectionError)
 
 
-def _dumps(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False)
+def _dumps(value: object) -> bytes:
+    """As UTF-8. A lone surrogate has none, but an escape that JSON understands."""
+    return json.dumps(value, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
-def _json(value: object) -> web.Response:
-    return web.json_response(value, dumps=_dumps)
+def _json(value: object, status: int = 200) -> web.Response:
+    return web.Response(body=_dumps(value), status=status, content_type="application/json", charset="utf-8")
 
 
 def _error(status: int, sentence: str, hint: str) -> web.Response:
-    return web.json_response({"error": printable(sentence, 1000), "hint": hint}, status=status, dumps=_dumps)
+    return _json({"error": printable(sentence, 1000), "hint": hint}, status)
 
 
 def _refusal_of(request: web.Request, error: web.HTTPException) -> web.Response:

@@ -14,6 +14,8 @@ How the file is kept, and why:
 - synchronous=FULL: what is acknowledged is on the disk. The last line before a kernel crash is the one that matters, and
   nobody but this process waits for it. With NORMAL it would be lost, in WAL mode without any damage to tell of it.
 - Pages of deleted events are used again; auto_vacuum=INCREMENTAL gives back what a smaller limit leaves over.
+- The directory and the files are this user's alone, and no symbolic links; nobody else can put others in their place. Else
+  nothing is read and nothing written, which the daemon tells; it goes on in memory.
 - A damaged file is put aside, one of a newer version is left alone. A lock of SQLite's ends with any descriptor of the
   file that this process closes (fcntl(2)), so the file is never opened beside its connection.
 """
@@ -107,7 +109,7 @@ class Database:
     """The file, opened when it is needed and opened anew after trouble."""
 
     def __init__(self, directory: str, max_age: float, max_bytes: int) -> None:
-        self._directory = directory
+        self._directory = directory = directory.rstrip("/") or "/"  # with a slash, lstat() would follow a link
         self._path = f"{directory}/{FILE_NAME}"
         self._max_age = max_age
         self._max_bytes = max(max_bytes, _SMALLEST)
@@ -247,13 +249,16 @@ class Database:
     # --- opening ----------------------------------------------------------------------------------------------------
 
     def _check_directory(self) -> None:
-        os.makedirs(self._directory, 0o750, exist_ok=True)
-        about = os.stat(self._directory)
-        if about.st_uid != os.geteuid():
-            raise RefusedError(f"{self._directory} belongs to uid {about.st_uid}: chown it to uid {os.geteuid()}")
-        if about.st_mode & 0o022:
-            mode = stat.S_IMODE(about.st_mode)
-            raise RefusedError(f"{self._directory} can be written by others (mode {mode:04o}): chmod go-w it")
+        if not os.path.lexists(self._directory):
+            os.makedirs(self._directory, 0o700, exist_ok=True)
+        about = os.lstat(self._directory)
+        if stat.S_ISLNK(about.st_mode):
+            raise RefusedError(f"{self._directory} is a symbolic link: write what it leads to as state_dir")
+        if not stat.S_ISDIR(about.st_mode):
+            raise RefusedError(f"{self._directory} is no directory: write another one as state_dir, or remove it")
+        _check_owner(self._directory, about)
+        for path in _ways_to(self._directory):
+            _check_way(path)
 
     def _check_file(self) -> None:
         """Nothing is changed until it is known to be ours. The directory is ours alone: no race with a stranger."""
@@ -264,9 +269,15 @@ class Database:
                 continue
             if not stat.S_ISREG(about.st_mode):
                 kind = "a symbolic link" if stat.S_ISLNK(about.st_mode) else "no regular file"
-                raise RefusedError(f"{path} is {kind}: nothing is written through it; remove it")
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o640)
+                raise RefusedError(f"{path} is {kind}: nothing is written through it; rm {path}")
+            _check_owner(path, about)
+            if about.st_nlink > 1:
+                raise RefusedError(
+                    f"{path} has another name somewhere, where it may be read or written: mv {path} aside"
+                )
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         try:
+            os.fchmod(file, 0o600)  # SQLite gives its log the same mode
             header = os.read(file, _HEADER)
         finally:
             os.close(file)
@@ -360,6 +371,35 @@ class Database:
             raise RefusedError(f"somebody reads {self._path} without end, so its log cannot be emptied: see fuser")
 
 
+def _check_owner(path: str, about: os.stat_result) -> None:
+    """Of the directory and the files in it: nobody else's, not even root's, who may have left them by mistake."""
+    if about.st_uid != os.geteuid():
+        raise RefusedError(f"{path} belongs to uid {about.st_uid}: chown {os.geteuid()} {path}")
+    if about.st_mode & 0o022:
+        mode = stat.S_IMODE(about.st_mode)
+        raise RefusedError(f"{path} can be written by others (mode {mode:04o}): chmod go-w {path}")
+
+
+def _ways_to(directory: str) -> Iterator[str]:
+    """What is above it, as it is written and as it really lies."""
+    for path in {directory, os.path.realpath(directory)}:
+        while path != "/":
+            path = os.path.dirname(path)  # noqa: PLW2901 - upwards
+            yield path
+
+
+def _check_way(path: str) -> None:
+    """Who can write a directory can put another one in the place of what is in it, unless it is sticky."""
+    about = os.lstat(path)
+    if about.st_uid not in (0, os.geteuid()):
+        raise RefusedError(f"{path} belongs to uid {about.st_uid}: chown -h root {path}")
+    if stat.S_ISLNK(about.st_mode) or about.st_mode & stat.S_ISVTX:
+        return
+    if about.st_mode & stat.S_IWOTH or (about.st_mode & stat.S_IWGRP and about.st_gid != 0):
+        mode = stat.S_IMODE(about.st_mode)
+        raise RefusedError(f"{path} can be written by others (mode {mode:04o}): chmod go-w {path}")
+
+
 def _check_tables(connection: sqlite3.Connection, version: int) -> None:
     """Before anything is changed: that they are ours, or that there are none."""
     try:
@@ -445,12 +485,11 @@ def _close_after_trouble(database: Database) -> None:
 
 
 def _pages(rows: list[list[Any]]) -> Iterator[list[list[Any]]]:
-    """Rows in portions that fit a packet; a row that somebody else has put in, and that fits none, is left out."""
+    """Rows in portions that fit a packet; one that somebody else has put in, and that fits none or no JSON, is left out."""
     page: list[list[Any]] = []
     size = 0
     for row in rows:
-        length = len(json.dumps(row))
-        if length > _LONGEST_ROW:
+        if any(isinstance(value, bytes) for value in row) or (length := len(json.dumps(row))) > _LONGEST_ROW:
             continue
         if size + length > _PACKET - 100:
             yield page

@@ -369,11 +369,10 @@ def test_a_start_that_waits_for_its_server_is_cancelled_by_closing_the_ring() ->
 def test_what_the_kernel_is_too_old_for_is_unsupported() -> None:
     async def body(control: Control) -> None:
         dev_id = (await control.add_device(NEW)).dev_id
-        for command, version in (
-            (control.quiesce_device(dev_id, 100), (6, 16)),
-            (control.update_size(dev_id, 8), (6, 16)),
-            (control.try_stop_device(dev_id), (7, 0)),
-        ):
+        commands = [(control.quiesce_device(dev_id, 100), (6, 16)), (control.try_stop_device(dev_id), (7, 0))]
+        if not since(6, 16):  # 6.18.15 dies of it (set_capacity_and_notify) where there is no disk
+            commands.append((control.update_size(dev_id, 8), (6, 16)))
+        for command, version in commands:
             with pytest.raises(CommandError) as refused:
                 await command
             assert since(*version) or isinstance(refused.value, UnsupportedError)
@@ -557,7 +556,7 @@ def test_one_unsupported_command_does_not_unlearn_the_encoding() -> None:
     async def body(control: Control) -> None:
         dev_id = (await control.add_device(NEW)).dev_id
         with pytest.raises(CommandError):
-            await control.update_size(dev_id, 8)
+            await control.quiesce_device(dev_id, 100)
         await control.get_device_info(dev_id)
         assert control._encoding_proven
         assert not control._legacy

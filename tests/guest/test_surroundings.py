@@ -16,7 +16,7 @@ import pytest
 
 from tests.daemon_process import DaemonProcess, command
 from tests.native_server import NativeServer
-from tests.server.harness import device_info, wait_until
+from tests.server.harness import device_info, drop_device, wait_until
 
 NOBODY = 65534
 PR_CAPBSET_DROP = 24
@@ -124,6 +124,7 @@ def test_a_stopped_daemon_ends_within_five_seconds_and_leaves_its_log_in_order()
         daemon.wait_verdict(42, "live")
         assert daemon.stop() == 0
         assert daemon.log.splitlines()[-1].endswith("stopped")
+    drop_device(42)
 
 
 def test_whoever_reads_its_log_may_hang_and_it_ends_all_the_same(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from duende_ublkd.core.model import KernelState
 from duende_ublkd.kernel.memory import lock_memory, reclaim_without_io
 from tests.daemon_process import DaemonProcess
 from tests.guest.test_recovery import REISSUE, recovering
@@ -22,6 +23,7 @@ from tests.server.harness import block_device, device_info, drop_device, wait_un
 DEV_ID = 6
 MIB = 1 << 20
 IN_SWAP = 64 * MIB
+NOTICED_IN = 90  # seconds; up to 6.14 it is the request timeout, 30 s, where every tag was in flight
 LEFT_FREE = 256 * MIB  # by what cannot be swapped out
 MOST_BLOCKS = 1024
 RAM = Path("/tmp/unswappable")
@@ -118,14 +120,18 @@ def test_a_swap_is_served_again_when_memory_is_short(ramfs: Path, steady: None) 
         blocks = fill(hog)
         presser = subprocess.Popen([sys.executable, "-c", PRESS])
         before = in_swap()
-        wait_until(lambda: in_swap() > before + 16 * MIB or presser.poll() is not None, 60, "memory is short")
+        wait_until(lambda: in_swap() > before + 16 * MIB or presser.poll() is not None, 120, "memory is short")
         # Memory is as short as it gets with a swap that works. Who goes on asking for more while the swap has no server
         # drains the kernel's own reserves, and 6.12 may then hang as a whole (kthreadd, kswapd), whoever recovers what.
         presser.send_signal(signal.SIGSTOP)
         faults = major_faults(daemon.process.pid)
         killed = server.kill()
-        wait_until(lambda: is_live_again(server.pid), 60, "the swap is served again")
-        print(f"\nserved again after {time.monotonic() - killed:.2f} s, {meminfo('MemFree') >> 20} MiB free")
+        wait_until(lambda: kernel_state() != KernelState.LIVE, NOTICED_IN, "the kernel has noticed")
+        noticed = time.monotonic()
+        wait_until(lambda: is_live_again(server.pid), 90, "the swap is served again")
+        print(
+            f"\nnoticed by the kernel after {noticed - killed:.2f} s, served again {time.monotonic() - noticed:.2f} s later"
+        )
         assert major_faults(daemon.process.pid) == faults, "the daemon had to read something from a disk"
         presser.kill()
         presser.wait()
@@ -134,8 +140,6 @@ def test_a_swap_is_served_again_when_memory_is_short(ramfs: Path, steady: None) 
                 assert file.read(MIB) == block(number), number
         daemon.wait_log(rf"ublk{DEV_ID} recovered: served again")
         assert daemon.metric("duende_ublkd_reaction_seconds_count") == 1, daemon.log
-        print(f"the daemon's own reaction: {daemon.metric('duende_ublkd_reaction_seconds_sum'):.2f} s")
-        print(daemon.log)
         hog.unlink()
         subprocess.run(["swapoff", block_device(DEV_ID)], check=True)
         assert daemon.stop() == 0
@@ -146,6 +150,12 @@ def test_a_swap_is_served_again_when_memory_is_short(ramfs: Path, steady: None) 
         drop_device(DEV_ID)
 
 
+def kernel_state() -> int:
+    info = device_info(DEV_ID)
+    assert info
+    return info.state
+
+
 def is_live_again(former: int) -> bool:
     info = device_info(DEV_ID)
-    return info is not None and info.state == 1 and info.server_pid not in (former, -1)
+    return info is not None and info.state == KernelState.LIVE and info.server_pid not in (former, -1)

@@ -1,4 +1,4 @@
-"""A swap on a ublk device whose server dies. The last file: its id is lost until the next boot."""
+"""A swap on a ublk device whose server dies. The last file but one: its id is lost until the next boot."""
 
 import subprocess
 

@@ -23,7 +23,7 @@ def main() -> int:
     parser = _parser()
     options, rest = parser.parse_known_args()
     options.rest = rest
-    if rest and options.do is not _pytest:
+    if rest and options.do not in (_pytest, _campaign):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     # Whoever waits for us in vain asks with SIGTERM; a shell's background job does not even hear SIGINT.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -61,10 +61,21 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="the demonstration")
     demo.set_defaults(do=_demo)
 
+    campaign = commands.add_parser(
+        "campaign",
+        allow_abbrev=False,
+        help="thousands of faults in guests: on every kernel of the matrix, or on those named; "
+        "more arguments (--seed, --faults, --only, ...) are for: python -m tests.campaign --help",
+    )
+    campaign.add_argument("--kernel", nargs="+", default=kernels.names(), metavar="|".join(kernels.SOURCES))
+    campaign.set_defaults(do=_campaign)
+
     for command in (shell, run, pytest, demo):
-        command.add_argument("--kernel", default=kernels.names()[0], metavar="|".join(kernels.names()))
-    for command in (run, pytest, demo):
-        command.add_argument("--timeout", type=float, default=3000.0, metavar="SECONDS", help="for the whole run")
+        command.add_argument("--kernel", default=kernels.names()[0], metavar="|".join(kernels.SOURCES))
+    for command in (run, pytest, demo, campaign):
+        command.add_argument(
+            "--timeout", type=float, default=3000.0, metavar="SECONDS", help="for one guest's whole run"
+        )
     return parser
 
 
@@ -104,6 +115,16 @@ def _pytest(options: argparse.Namespace) -> int:
     own = ["-p", "no:cacheprovider", *hung, "--junit-xml=/results/junit.xml"]
     command = ["python3", "-m", "pytest", *own, *arguments]
     return _in_guest(options, command, options.kernel, PYTEST_ENVIRONMENT)
+
+
+def _campaign(options: argparse.Namespace) -> int:
+    """One guest after the other; the worst exit status."""
+    command = ["python3", "-m", "tests.campaign", *options.rest]
+    status = 0
+    for kernel in options.kernel:
+        options.kernel = kernel
+        status = max(status, _in_guest(options, command, f"campaign-{kernel}"))
+    return status
 
 
 def _in_guest(

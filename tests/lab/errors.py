@@ -12,6 +12,7 @@ PACKAGES = {
     "mke2fs": "e2fsprogs",
     "qemu-system-x86_64": "qemu-system-x86",
     "setpriv": "util-linux",
+    "systemctl": "systemd",
     "zstd": "zstd",
 }
 # A user's PATH on Debian has no sbin, and mke2fs and ldconfig live there.

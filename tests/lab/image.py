@@ -39,8 +39,29 @@ STDLIB_LEFT_OUT = (
 )
 PACKAGES_LEFT_OUT = re.compile(r"(^|/)(__pycache__|tests)/")
 # Where busybox has one too, its own lacks options: mke2fs makes ext2 only.
-TOOLS = ("dmsetup", "losetup", "mke2fs", "mount", "setpriv", "strace", "swapoff", "swapon", "umount", "unshare")
-NEEDED_TOOLS = ("mke2fs",)
+TOOLS = (
+    *(
+        "dmsetup",
+        "losetup",
+        "mke2fs",
+        "mount",
+        "nsenter",
+        "setpriv",
+        "strace",
+        "swapoff",
+        "swapon",
+        "umount",
+        "unshare",
+    ),
+    *("systemctl", "systemd-run"),
+)
+NEEDED_TOOLS = ("mke2fs", "systemctl")
+# Enough of systemd to be PID 1 of a namespace and to start one service as any host would.
+SYSTEMD_HOMES = (Path("/usr/lib/systemd"), Path("/lib/systemd"))
+SYSTEMD_PROGRAMS = ("systemd", "systemd-executor")  # the latter since 255
+SYSTEMD_UNITS = ("basic.target", "modprobe@.service", "shutdown.target", "sysinit.target")
+# What is opened by name at run time, so that no binary lists it: by pyudev, and by systemd since 257.
+OPENED_BY_NAME = ("libudev.so.1", "libmount.so.1", "libseccomp.so.2")
 VENV = "lab/venv"
 PROJECT = "/project"
 UNUSED_S = 7 * 24 * 3600
@@ -119,6 +140,7 @@ def _build_base(tree: Path, distributions: list[importlib.metadata.Distribution]
         found = need_tool(tool) if tool in NEEDED_TOOLS else find_tool(tool)
         if found:
             binaries.append(_copy_binary(tree, found, f"usr/bin/{tool}"))
+    binaries += _add_systemd(tree)
     _link(tree, "usr/bin/mkfs.ext4", "mke2fs")
     binaries.append(_copy_binary(tree, need_tool("ldconfig"), "usr/sbin/ldconfig"))
     _add_busybox(tree)
@@ -203,22 +225,38 @@ def _add_busybox(tree: Path) -> None:
     _link(tree, "usr/sbin/modprobe", "../bin/busybox")
 
 
+def _add_systemd(tree: Path) -> list[Path]:
+    home = next((home for home in SYSTEMD_HOMES if (home / "systemd").is_file()), None)
+    if home is None:
+        raise LabError("systemd is missing", "sudo apt-get install systemd   (or your distribution's package of it)")
+    for unit in SYSTEMD_UNITS:
+        _add_file(tree, f"usr/lib/systemd/system/{unit}", (home / "system" / unit).read_text())
+    programs = (name for name in SYSTEMD_PROGRAMS if (home / name).is_file())
+    return [_copy_binary(tree, str(home / name), f"usr/lib/systemd/{name}") for name in programs]
+
+
 def _add_libraries(tree: Path, binaries: Iterable[Path]) -> None:
     """Every shared library stays at its path on the host, so that RPATHs and the loader's own name hold."""
     listing = subprocess.run([need_tool("ldd"), *binaries], check=False, capture_output=True, text=True).stdout
-    found = set(re.findall(r"(?:=> |^\t)(/\S+) \(0x", listing, re.MULTILINE)) | _libudev()
-    # /lib is a link to /usr/lib in the guest, whatever it is here.
-    wanted = {re.sub(r"^/lib(64|)/", r"/usr/lib\1/", library): library for library in sorted(found)}
+    found = set(re.findall(r"(?:=> |^\t)(/\S+) \(0x", listing, re.MULTILINE)) | _opened_by_name()
+    # /lib is a link to /usr/lib in the guest, whatever it is here. A Python of somebody's own has its library in a home
+    # directory, which the daemon's unit cannot see; the loader finds it in a place of the system's, too.
+    wanted = {
+        re.sub(r"^/(?:root|home)/.*/", "/usr/local/lib/", re.sub(r"^/lib(64|)/", r"/usr/lib\1/", library)): library
+        for library in sorted(found)
+    }
     for path, library in wanted.items():
         if not (tree / path[1:]).exists() and not Path(path).is_relative_to(tree):
             _copy_binary(tree, library, path[1:])
     _add_file(tree, "etc/ld.so.conf", "".join(f"{each}\n" for each in sorted({Path(path).parent for path in wanted})))
 
 
-def _libudev() -> set[str]:
-    """pyudev opens it by name at run time, so no binary lists it; ldconfig knows where the host keeps it."""
+def _opened_by_name() -> set[str]:
+    """ldconfig knows where the host keeps them."""
     cache = subprocess.run([need_tool("ldconfig"), "-p"], check=True, capture_output=True, text=True).stdout
-    return set(re.findall(r"libudev\.so\.1 .*x86-64.* => (\S+)", cache)[:1])
+    names = "|".join(map(re.escape, OPENED_BY_NAME))
+    found = re.findall(rf"({names}) .*x86-64.* => (\S+)", cache)
+    return set(dict(reversed(found)).values())
 
 
 def _strip(tree: Path) -> None:

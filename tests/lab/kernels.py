@@ -22,7 +22,22 @@ from pathlib import Path
 from tests.lab.cache import cache_dir, locked, replacing
 from tests.lab.errors import LabError, need_tool
 
-SUITES = {"6.12": "trixie", "newest": "trixie-backports"}
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a kernel comes from: what the suite's metapackage asks for, or the newest of one series that it still has."""
+
+    suite: str
+    series: str = ""
+
+
+SOURCES = {
+    "6.12": _Source("trixie"),
+    "newest": _Source("trixie-backports"),
+    # The series between the two that is maintained for longest. trixie-backports keeps the packages of its former kernels.
+    "6.18": _Source("trixie-backports", "6.18"),
+}
+EVERY_TIME = ("6.12", "newest")
 REQUIRED_MODULES = ("ublk_drv",)
 # In loading order; dependencies come in by themselves, but ext4 asks for crc32c by a crypto name that no module has.
 WANTED_MODULES = ("crc32c_generic", "ext4", "loop", "dm_mod", "md_mod", "raid1")
@@ -44,15 +59,21 @@ class Kernel:
 
 
 def names() -> tuple[str, ...]:
-    return ("host",) if os.environ.get("DUENDE_LAB_KERNEL") else tuple(SUITES)
+    """The matrix: two kernels, or with DUENDE_LAB_MATRIX=all (`make test-all`) every one."""
+    if os.environ.get("DUENDE_LAB_KERNEL"):
+        return ("host",)
+    matrix = os.environ.get("DUENDE_LAB_MATRIX", "")
+    if matrix not in ("", "all"):
+        raise LabError(f"DUENDE_LAB_MATRIX={matrix} is not known", "leave it out for two kernels, or set it to: all")
+    return tuple(SOURCES) if matrix else EVERY_TIME
 
 
 def fetch(name: str, *, refresh: bool = False) -> Kernel:
     with locked("kernels"):
         if name == "host":
             return _host_kernel()
-        if name not in SUITES:
-            raise LabError(f"no kernel is called {name!r}", f"known: {', '.join(names())}")
+        if name not in SOURCES:
+            raise LabError(f"no kernel is called {name!r}", f"known: {', '.join(SOURCES)}")
         home = cache_dir() / "kernels" / name
         if refresh or not (home / "debs").is_dir():
             _download(name, home / "debs")
@@ -71,7 +92,7 @@ def uapi_headers(*, refresh: bool = False) -> Path:
         include = cache_dir() / "kernels" / "uapi" / "include"
         if refresh or not include.is_dir():
             with replacing(include) as workshop:
-                apt = _PrivateApt(SUITES["newest"], workshop / "apt")
+                apt = _PrivateApt(SOURCES["newest"].suite, workshop / "apt")
                 apt.download(["linux-libc-dev"], workshop, "headers")
                 for deb in workshop.glob("*.deb"):
                     _unpack_deb(deb, workshop / "root")
@@ -87,8 +108,9 @@ def uapi_headers(*, refresh: bool = False) -> Path:
 
 def _download(name: str, debs: Path) -> None:
     with replacing(debs) as workshop:
-        apt = _PrivateApt(SUITES[name], workshop / "apt")
-        apt.download(apt.image_packages(), workshop, f"kernel {name}")
+        source = SOURCES[name]
+        apt = _PrivateApt(source.suite, workshop / "apt")
+        apt.download(apt.image_packages(source.series), workshop, f"kernel {name}")
         shutil.rmtree(workshop / "apt")
 
 
@@ -158,10 +180,12 @@ class _PrivateApt:
         ]
         self._run("apt-get", "update", f"the package list of {suite}")
 
-    def image_packages(self) -> list[str]:
-        """From the metapackage to what has files: one image, or since 7.x a binary and its modules."""
+    def image_packages(self, series: str = "") -> list[str]:
+        """From the metapackage, or the newest image of a series, to what has files: one image, or since 6.19 a binary and
+        its modules.
+        """
         found: set[str] = set()
-        open_ends = {"linux-image-amd64"}
+        open_ends = {self._newest_of(series) if series else "linux-image-amd64"}
         while open_ends:
             found |= open_ends
             text = self._run("apt-cache", "depends", "", "--important", *sorted(open_ends))
@@ -173,6 +197,12 @@ class _PrivateApt:
         if not real:
             raise LabError(f"{self._suite} has no linux-image-amd64 on this machine's mirror", OWN_KERNEL_HINT)
         return real
+
+    def _newest_of(self, series: str) -> str:
+        newest = newest_image(self._run("apt-cache", "pkgnames", "", f"linux-image-{series}.").split(), series)
+        if newest is None:
+            raise LabError(f"{self._suite} has no kernel of {series} any more", OWN_KERNEL_HINT)
+        return newest
 
     def download(self, packages: list[str], into: Path, title: str) -> None:
         listing = self._run("apt-get", "download", "", "--print-uris", *packages)
@@ -200,6 +230,13 @@ class _PrivateApt:
             hint = f"check this machine's network, proxy and apt configuration; {OWN_KERNEL_HINT}"
             raise LabError(f"{tool} {verb} failed on {self._suite}{said}", hint)
         return done.stdout or ""
+
+
+def newest_image(packages: Iterable[str], series: str) -> str | None:
+    """Of a series such as 6.18, the plain image with the highest version."""
+    plain = re.compile(rf"linux-image-{re.escape(series)}\.[\d.]+\+\w+-amd64")
+    images = (name for name in packages if plain.fullmatch(name))
+    return max(images, key=lambda name: [int(number) for number in re.findall(r"\d+", name)], default=None)
 
 
 def _keyring() -> Path:

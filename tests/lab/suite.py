@@ -17,6 +17,7 @@ from tests.lab.image import REPOSITORY
 # An interrupted lab kills its QEMU and removes its scratch files at once.
 GOODBYE_S = 10.0
 FOLLOW_INTERVAL_S = 0.2
+SHOWN_LINES = 25
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,18 @@ class GuestSuite:
             return None
         run, failures, errors, skipped = (int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped"))
         return Counts(run, failures + errors, skipped, float(suite.get("time", 0)))
+
+    def failures(self) -> list[str]:
+        """Each failed test's name and the end of what it said: all that a truncated log may leave of it."""
+        report = REPOSITORY / ".lab" / self.kernel / "junit.xml"
+        if self.process.poll() is None or not report.is_file():
+            return []
+        told = []
+        for case in ET.parse(report).getroot().iter("testcase"):
+            for problem in (*case.findall("failure"), *case.findall("error")):
+                last = "\n".join((problem.text or "").splitlines()[-SHOWN_LINES:])
+                told.append(f"{self.kernel}: {case.get('classname')}::{case.get('name')}\n{last}")
+        return told
 
     def faults(self) -> list[str]:
         return [line for line in self.log.read_text(errors="replace").splitlines() if line.startswith("lab: KERNEL")]

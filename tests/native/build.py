@@ -10,7 +10,7 @@ from tests.lab.cache import cache_dir, locked, replacing
 from tests.lab.errors import LabError
 
 SOURCES = Path(__file__).parent
-PROGRAMS = ("batch_delete", "mini_server")
+PROGRAMS = ("batch_delete", "mini_server", "wedge")
 GUEST_DIRECTORY = "/usr/local/bin"
 FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", "-static")
 

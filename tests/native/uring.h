@@ -123,7 +123,7 @@ static int open_control(void)
 }
 
 /* The exclusive open. udev's probe and, since 6.15, the last closer's own work may have it for a moment. */
-static int open_char_device(unsigned id)
+static inline int open_char_device(unsigned id)
 {
 	char path[32];
 	snprintf(path, sizeof path, "/dev/ublkc%u", id);

@@ -1,0 +1,190 @@
+"""What a daemon leaves to the next one about a stop that is under way: real files, a real journal, real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import shutil
+import subprocess
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from duende_ublkd.core.config import Config, DaemonConfig
+from duende_ublkd.kernel.children import Children, _process_named
+from duende_ublkd.lasting import Lasting
+from duende_ublkd.reconcile import Agenda, Reconciler
+from tests.bench import Recorder
+from tests.fake_kernel import FakeKernel
+from tests.test_ledger import QUIESCED, TRIED, live
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+    from pathlib import Path
+
+    from duende_ublkd.core.ledger import History
+    from duende_ublkd.core.model import Process
+
+PATIENCE = 10.0
+DEV_ID = 3
+
+
+class Daemon:
+    """As much of one as remembers."""
+
+    def __init__(self, place: Path) -> None:
+        loop = asyncio.get_running_loop()
+        config = Config(daemon=DaemonConfig(state_dir=str(place / "state")))
+        self.children = Children(on_late=lambda name, dev_id, _: self.reconciler.note_answer(dev_id, name))
+        self.reconciler = Reconciler(FakeKernel(loop), config, Recorder(), Agenda(), clock=loop.time)
+        self.lasting = Lasting(config, str(place / "run"), _no_other_writer, self.children.watch_former)
+        self.ledger = self.reconciler.ledger
+
+    def look(self) -> History:
+        """At the device, which waits for a server."""
+        return self.ledger.record(replace(QUIESCED, at=50))
+
+
+def _no_other_writer(_argv: Sequence[str], _stdin: int) -> None:
+    raise OSError("the first writer is the only one")
+
+
+@contextlib.asynccontextmanager
+async def a_daemon(place: Path) -> AsyncIterator[Daemon]:
+    daemon = Daemon(place)
+    await daemon.lasting.restore(daemon.reconciler)
+    try:
+        yield daemon
+    finally:
+        daemon.children.close()
+        await daemon.lasting.store.close(PATIENCE)
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    (tmp_path / "run").mkdir(mode=0o755)
+    return tmp_path
+
+
+@pytest.fixture
+def hand() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that lives until it is killed."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        yield process
+        process.kill()
+
+
+def record_in(place: Path) -> Any:  # noqa: ANN401 - JSON
+    return json.loads((place / "run" / "devices" / f"{DEV_ID}.json").read_text())["device"]
+
+
+async def begin_stop(place: Path, hand: Process, *, overdue: bool = False) -> None:
+    """A daemon that ends with a stop under way."""
+    async with a_daemon(place) as daemon:
+        daemon.ledger.record(live(10))
+        daemon.look()
+        daemon.ledger.note_trail(DEV_ID, TRIED)
+        daemon.ledger.note_hand(DEV_ID, hand)
+        assert record_in(place)["hand"] == [hand.pid, hand.start_time]  # before anything is sent
+        if overdue:
+            daemon.ledger.note_overdue(DEV_ID, "STOP_DEV", 25, of_look=False)
+
+
+def forget_run_directory(place: Path) -> None:
+    shutil.rmtree(place / "run" / "devices")
+
+
+def run(story: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(story)
+
+
+@pytest.mark.parametrize("loses", [lambda _: None, forget_run_directory], ids=["run directory", "journal"])
+@pytest.mark.parametrize("overdue", [False, True])
+def test_a_stop_whose_child_has_outlived_its_daemon_is_waited_for_until_that_one_ends(
+    place: Path, hand: subprocess.Popen[bytes], loses: Callable[[Path], None], *, overdue: bool
+) -> None:
+    async def story() -> None:
+        await begin_stop(place, _process_named(hand.pid), overdue=overdue)
+        loses(place)
+        async with a_daemon(place) as daemon:
+            history = daemon.look()
+            assert history.overdue
+            assert (history.overdue.command, history.overdue.of_former) == ("STOP_DEV", True)
+            assert daemon.children.overdue == 1
+            hand.kill()
+            async with asyncio.timeout(PATIENCE):
+                while daemon.children.overdue:
+                    await asyncio.sleep(0.005)
+            history = daemon.look()
+            assert (history.overdue, history.hand) == (None, None)
+            assert history.trail == TRIED  # and everything else is still known
+
+    run(story())
+
+
+def test_a_stop_whose_child_ends_before_the_first_look_is_over(place: Path, hand: subprocess.Popen[bytes]) -> None:
+    async def story() -> None:
+        await begin_stop(place, _process_named(hand.pid))
+        async with a_daemon(place) as daemon:
+            hand.kill()
+            async with asyncio.timeout(PATIENCE):
+                while daemon.children.overdue:
+                    await asyncio.sleep(0.005)
+            assert daemon.look().overdue is None
+
+    run(story())
+
+
+@pytest.mark.parametrize("which", ["ended", "another one's number"])
+def test_a_stop_whose_child_is_gone_is_forgotten_and_nothing_else_of_the_device_is(
+    place: Path, hand: subprocess.Popen[bytes], which: str
+) -> None:
+    async def story() -> None:
+        former = _process_named(hand.pid)
+        if which == "ended":
+            hand.kill()
+            hand.wait()
+        else:
+            former = replace(former, start_time=former.start_time - 1)
+        await begin_stop(place, former, overdue=True)
+        async with a_daemon(place) as daemon:
+            assert daemon.children.overdue == 0
+            history = daemon.look()
+            assert (history.overdue, history.hand) == (None, None)
+            assert (history.trail, history.was_live) == (TRIED, True)
+
+    run(story())
+
+
+def test_a_deletion_that_has_not_answered_is_over_with_its_daemon(place: Path) -> None:
+    async def story() -> None:
+        async with a_daemon(place) as daemon:
+            daemon.ledger.record(live(10))
+            daemon.look()
+            daemon.ledger.note_overdue(DEV_ID, "DEL_DEV_ASYNC", 25, of_look=False)
+            daemon.ledger.note_hand(DEV_ID, None)  # which has it kept
+            assert record_in(place)["overdue"] == "DEL_DEV_ASYNC"
+        async with a_daemon(place) as daemon:
+            history = daemon.look()
+            assert history.overdue is None
+            assert history.was_live
+            assert daemon.ledger.stuck_deletions() == ()
+
+    run(story())
+
+
+def test_a_stop_that_has_answered_leaves_nothing_to_the_next_daemon(place: Path, hand: subprocess.Popen[bytes]) -> None:
+    async def story() -> None:
+        async with a_daemon(place) as daemon:
+            daemon.ledger.record(live(10))
+            daemon.look()
+            daemon.ledger.note_hand(DEV_ID, _process_named(hand.pid))
+            daemon.ledger.note_hand(DEV_ID, None)
+            assert record_in(place)["hand"] is None
+        async with a_daemon(place) as daemon:
+            assert daemon.look().overdue is None
+            assert daemon.children.overdue == 0
+
+    run(story())
