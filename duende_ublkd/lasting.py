@@ -85,7 +85,12 @@ class Lasting:
             reconciler.hold(hold)
 
     def _restore_device(self, reconciler: Reconciler, key: str, value: Any) -> None:  # noqa: ANN401 - JSON
-        dev_id = int(key.removeprefix(_DEVICE))
+        number = key.removeprefix(_DEVICE)
+        if not (number.isascii() and number.isdigit()):
+            self._note(Level.WARNING, f"the record {printable(key)} is nobody's")
+            self.store.save(key, None)
+            return
+        dev_id = int(number)
         try:
             if value["boot_id"] == self._boot_id:
                 reconciler.ledger.remember(dev_id, value["device"])

@@ -385,7 +385,7 @@ def _from_record(record: Mapping[str, Any]) -> History:
             phase=tuple(record["phase"]),
             phase_since=_time(record["phase_since"]),
             seen_live=bool(record["was_live"]),
-            server=Server(**server) if server else None,
+            server=_server_of(server) if server else None,
             server_confirmed=bool(record["server_confirmed"]),
             overdue=_overdue_of(record),
             hand=_hand_of(record),
@@ -404,6 +404,20 @@ def _overdue_of(record: Mapping[str, Any]) -> Overdue | None:
     """A stop whose answer nobody will hear is as one that has missed its deadline."""
     command = "STOP_DEV" if _hand_of(record) else record["overdue"]
     return Overdue(str(command), _time(record["verdict_since"]), of_former=True) if command else None
+
+
+def _server_of(record: Mapping[str, Any]) -> Server:
+    """TypeError: it has other fields, or of other types."""
+    server = Server(**record)
+    numbers, names = (server.pid, server.start_time), (server.comm, server.exe, server.unit, server.condition)
+    answers = (server.alive, server.has_ring)
+    if not (
+        all(type(each) is int for each in numbers)
+        and all(isinstance(each, str) for each in names)
+        and all(each is None or isinstance(each, bool) for each in answers)
+    ):
+        raise TypeError("a field of the server is of another type")
+    return server
 
 
 def _hand_of(record: Mapping[str, Any]) -> Process | None:

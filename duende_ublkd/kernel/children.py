@@ -352,7 +352,7 @@ class Command:
 
     def _why_not_started(self, message: dict[str, Any]) -> DuendeError:
         number, step = message["errno"], printable(message["step"] or "")
-        hint = {
+        hint = message.get("hint") or {
             errno.ENOENT: "give the command's full path, or set PATH in its environment; its first line may name a "
             "missing interpreter",
             errno.EACCES: f"chmod +x {printable(self._order.argv[0])}  # and the user needs access to its directories",

@@ -7,6 +7,7 @@ import os
 import socket
 
 from duende_ublkd.core.errors import UsageError
+from duende_ublkd.kernel import ownership, runfile
 
 RUN_DIR = "/run/duende-ublkd"
 _INFINITE = (1 << 64) - 1  # microseconds, in systemd's way
@@ -19,6 +20,7 @@ def run_directory() -> str:
         os.makedirs(path, mode=0o755, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot make {path}: {error.strerror}", hint="run the daemon as root") from error
+    runfile.check_directory(path)
     return path
 
 
@@ -32,6 +34,11 @@ class SoleDaemon:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise UsageError(f"cannot open {path}: {error.strerror}", hint="run the daemon as root") from error
+        try:
+            ownership.check_owner(path, os.fstat(self._fd))
+        except ownership.Doubt as doubt:
+            os.close(self._fd)
+            raise UsageError(f"the lock is not believed: {doubt}", hint=doubt.hint) from doubt
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
