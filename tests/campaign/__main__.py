@@ -153,7 +153,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.campaign", description=__doc__)
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--faults", type=int, default=FAULTS, help=f"at least so many on each kernel ({FAULTS})")
-    parser.add_argument("--short", action="store_true", help="a round or two of each kind")
+    parser.add_argument("--short", action="store_true", help="a round of most kinds, as CI has it")
     parser.add_argument("--only", choices=[kind.name for kind in KINDS], metavar="KIND")
     parser.add_argument("--from", type=int, default=0, dest="first", metavar="ROUND", help="with --only: begin there")
     parser.add_argument("--rounds", type=int, default=1, help="with --only: so many")

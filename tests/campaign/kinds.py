@@ -752,7 +752,7 @@ KINDS = (
     Kind("stopped-server", stopped_server, 0.04),
     Kind("thousand-ids", thousand_ids, 0.001, short=0, most=1),
     Kind("daemon-death", daemon_death, 0.18),
-    Kind("two-daemons", two_daemons, 0.025),
+    Kind("two-daemons", two_daemons, 0.025, short=0),
     Kind("blocked-daemon", blocked_daemon, 0.04, short=0),
     Kind("ring-shortage", ring_shortage, 0.04),
     Kind("uevent-flood", uevent_flood, 0.02),
@@ -764,5 +764,5 @@ KINDS = (
     Kind("pid-reuse", pid_reuse, 0.01),
     Kind("pid-namespace", pid_namespace, 0.01),
     Kind("mount-namespace", mount_namespace, 0.01),
-    Kind("held-elsewhere", held_elsewhere, 0.005),
+    Kind("held-elsewhere", held_elsewhere, 0.005, short=0),
 )

@@ -20,9 +20,11 @@ from duende_ublkd.kernel.children import Children, CommandOrder, Credentials
 from duende_ublkd.kernel.memory import lock_memory, reclaim_without_io
 from duende_ublkd.kernel.nursery import open_char_devices
 from duende_ublkd.kernel.udev import RECEIVE_BUFFER, Uevents
-from tests.server.harness import device_info
+from tests.native_server import NativeServer
+from tests.server.harness import device_info, drop_device
 
 USER = 1000
+DEV_ID = 29
 NODE = Path("/dev/shm/capabilities")  # stands for the node of an unprivileged device
 COMMAND = ("/usr/bin/sleep", "17")  # seconds; whoever cannot end it leaves it, and this script ends it then
 NUMBERS = {
@@ -42,7 +44,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def asks_the_driver() -> None:
-    device_info(1023)
+    """Of an id that nobody has, the driver says so to anybody."""
+    assert device_info(DEV_ID)
 
 
 def locks_its_memory() -> None:
@@ -165,10 +168,13 @@ def main() -> None:
     NODE.touch(0o600)
     os.chown(NODE, USER, USER)
     everything = set(NUMBERS)
-    found = {
-        name: {"with": answer(probe, everything), "without": answer(probe, everything - {name})}
-        for name, probe in PROBES.items()
-    }
+    with NativeServer("--id", str(DEV_ID)) as server:
+        server.wait_for("LIVE")
+        found = {
+            name: {"with": answer(probe, everything), "without": answer(probe, everything - {name})}
+            for name, probe in PROBES.items()
+        }
+    drop_device(DEV_ID)
     end_what_is_left()
     NODE.unlink()
     json.dump(found, sys.stdout)

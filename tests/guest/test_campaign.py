@@ -1,4 +1,4 @@
-"""A round or two of every kind of fault; `make campaign` injects thousands."""
+"""One round of most kinds of fault; `make campaign` injects thousands, of all kinds."""
 
 import pytest
 

@@ -14,7 +14,7 @@ from tests.native import build as native
 
 RESULTS = image.REPOSITORY / ".lab"
 # A hung test says where it hangs and ends the guest, in good time before the guest's own limit.
-HUNG_TEST_S = 300
+HUNG_TEST_S = 600
 # pytest would load hypothesis' plugin and rewrite every assertion in all of hypothesis: 30 s on an emulated CPU.
 PYTEST_ENVIRONMENT = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
@@ -74,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--kernel", default=kernels.names()[0], metavar="|".join(kernels.SOURCES))
     for command in (run, pytest, demo, campaign):
         command.add_argument(
-            "--timeout", type=float, default=3000.0, metavar="SECONDS", help="for one guest's whole run"
+            "--timeout", type=float, default=4800.0, metavar="SECONDS", help="for one guest's whole run"
         )
     return parser
 
