@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from duende_ublkd.deeds import Reporter
 
 DEFAULT_PATH = "/etc/duende-ublkd/config.toml"
-FINISH_FOR = 2.0  # seconds for deeds under way when told to stop; what is left is the kernel's to finish
+FINISH_FOR = 1.5  # seconds for deeds under way when told to stop; what is left is the kernel's to finish
 
 
 def read_config(path: str | None) -> Config:

@@ -113,6 +113,7 @@ def state_of(dev_id: int) -> int | None:
 def test_a_control_plane_that_is_stuck_is_named_and_nothing_piles_up_behind_it(daemon: DaemonProcess) -> None:
     orphans = (31, 32, 33, 34)
     with contextlib.ExitStack() as stack:
+        stack.callback(_end_server_of, 35)
         hung = stack.enter_context(served(30))
         servers = {dev_id: stack.enter_context(served(dev_id)) for dev_id in orphans}
         recoverable = stack.enter_context(served(35, "--recovery"))
@@ -155,6 +156,13 @@ def test_a_control_plane_that_is_stuck_is_named_and_nothing_piles_up_behind_it(d
         os.kill(daemon.wait_verdict(35, "live")["server"]["pid"], signal.SIGKILL)
         wait_until(lambda: is_free(35), 60, "nobody is to recover it any more")
     wait_until(lambda: is_free(36), 60, "it is deleted")
+
+
+def _end_server_of(dev_id: int) -> None:
+    """Should a test have failed: whom the daemon's recovery command has started."""
+    info = device_info(dev_id)
+    if info and info.state == KernelState.LIVE:
+        os.kill(info.server_pid, signal.SIGKILL)
 
 
 def _expect_it_told(daemon: DaemonProcess, deleter: int) -> None:
