@@ -184,6 +184,7 @@ def test_a_user_may_look_at_everything_and_hold_nothing_that_is_not_his() -> Non
             done = command(change, "38", user=NOBODY, group=NOBODY, cwd="/project")
             assert done.returncode == 2, done.stdout + done.stderr
             assert f"user {NOBODY} may not change ublk38" in done.stderr
+    drop_device(38)
 
 
 def test_the_owner_of_a_device_may_hold_it_until_he_releases_it() -> None:
