@@ -1,14 +1,16 @@
 """These tests make and break block devices: they run in a guest, and on no host, whatever driver it has."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 
 import pytest
 
 from duende_ublkd.kernel.devices import list_char_devices
-from tests.server.harness import drop_device
+from tests.server.harness import ServerError, drop_device, wait_until
 
 collect_ignore_glob = [] if os.environ.get("DUENDE_IN_GUEST") == "1" else ["*"]
+GOES_BY_ITSELF_IN = 3.0
 SETTLED_IN = 30.0  # seconds for what a test has killed, stopped or deleted to be gone
 
 
@@ -25,5 +27,7 @@ def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     marker = request.node.get_closest_marker("leaves_for_ever")
     before = {*list_char_devices(), *(marker.args if marker else ())}
     yield
+    with contextlib.suppress(ServerError):  # a daemon may be about to do it
+        wait_until(lambda: not set(list_char_devices()) - before, GOES_BY_ITSELF_IN, "the test's devices are gone")
     for dev_id in set(list_char_devices()) - before:
         drop_device(dev_id, SETTLED_IN)
