@@ -1286,10 +1286,12 @@ class Answering(binding.WaitingRing):
         self.answers = list(answers)
         self.asked: list[tuple[int, bool]] = []
         self.claims: list[int] = []
+        self.handed_over = threading.Event()
         self._claim = claim
 
     def perform(self, fd: int, entry: bytes) -> int:
         assert Path(f"/proc/self/fd/{fd}").readlink() == Path("/dev/null")
+        assert self.handed_over.wait(10)
         self.claims.append(descriptors_of(self._claim))
         command = int.from_bytes(entry[8:12], sys.byteorder)
         try:
@@ -1331,6 +1333,7 @@ def test_a_stop_is_sent_with_the_disk_claimed_and_a_try_with_it_free(
     def hand_over(ours: socket.socket) -> None:
         with claim.open("rb") as claimed:
             socket.send_fds(ours, [b"{}"], [claimed.fileno()])
+        driver.handed_over.set()
 
     answer = answer_of_a_hand(driver, hand_over, try_first=try_first)
     assert driver.asked == asked
