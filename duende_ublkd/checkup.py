@@ -74,6 +74,7 @@ class DriverAnswer:
     hint: str = ""
     ring_trouble: str = ""
     ring_hint: str = ""
+    is_confined: bool | None = None  # whether the kernel let the ring be restricted; None: there is no ring
     facts: DriverFacts | None = None
     devices: tuple[Device, ...] = ()
 
@@ -226,7 +227,7 @@ def _slots(machine: Machine, answer: DriverAnswer, kernel: Kernel) -> Iterator[F
 def io_uring_findings(machine: Machine, answer: DriverAnswer) -> Iterator[Finding]:
     """Whether rings can be had, by us and by servers."""
     disabled, group = machine.io_uring_disabled, machine.io_uring_group
-    facts = {"io_uring_disabled": disabled, "io_uring_group": group}
+    facts = {"io_uring_disabled": disabled, "io_uring_group": group, "is_restricted": answer.is_confined}
     if answer.ring_trouble:
         yield Finding(
             "io-uring", "io_uring", _CRITICAL, answer.ring_trouble, answer.ring_hint, facts, means=ExitCode.NO_KERNEL
@@ -240,6 +241,15 @@ def io_uring_findings(machine: Machine, answer: DriverAnswer) -> Iterator[Findin
         yield Finding("io-uring", "io_uring", _NOTE, text, hint, facts)
     else:
         yield Finding("io-uring", "io_uring", _OK, "a ring with 128-byte entries can be set up", facts=facts)
+    if answer.is_confined:
+        text = "the kernel restricts the daemon's ring to the commands that it needs"
+        yield Finding("io-uring-restricted", "io_uring", _OK, text)
+    elif answer.is_confined is False:
+        text = "the kernel does not restrict the daemon's ring: whoever took the daemon over could have it do any I/O"
+        hint = (
+            "look for what forbids IORING_REGISTER_RESTRICTIONS, which kernels have since 5.10: journalctl -k -g audit"
+        )
+        yield Finding("io-uring-restricted", "io_uring", _NOTE, text, hint)
 
 
 # --- swaps and devices

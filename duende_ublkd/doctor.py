@@ -246,14 +246,17 @@ async def _read_configuration(path: str | None) -> tuple[Config, list[Finding]]:
 async def _ask_driver(config: Config, roots: Roots) -> DriverAnswer:
     """Whether there are a ring and a driver; and if so, what they tell of the devices."""
     ring_trouble = ring_hint = ""
+    is_confined = None
     try:
-        await Ring(8).close()
+        ring = Ring(8)
+        is_confined = ring.is_confined
+        await ring.close()
     except KernelUnavailableError as error:
         ring_trouble, ring_hint = str(error), error.hint
     try:
         os.close(open_control_device(f"{roots.dev}/ublk-control"))
     except KernelUnavailableError as error:
-        return DriverAnswer(str(error), error.hint, ring_trouble, ring_hint)
+        return DriverAnswer(str(error), error.hint, ring_trouble, ring_hint, is_confined)
     if ring_trouble:
         return DriverAnswer("it cannot be asked without io_uring", ring_hint, ring_trouble, ring_hint)
     parts = Parts(config, (), one_shot=True)
@@ -265,7 +268,7 @@ async def _ask_driver(config: Config, roots: Roots) -> DriverAnswer:
         devices = tuple(_devices(parts, report, memory or {}))
     finally:
         await parts.close()
-    return DriverAnswer(report.trouble, report.hint, facts=report.driver, devices=devices)
+    return DriverAnswer(report.trouble, report.hint, is_confined=is_confined, facts=report.driver, devices=devices)
 
 
 def _memory_of(servers: Iterable[Server], roots: Roots) -> dict[int, Process]:

@@ -550,6 +550,14 @@ def test_io_uring_that_is_off_ends_in_three_and_one_that_is_restricted_is_a_note
         assert finding.level is OK
 
 
+def test_a_ring_that_the_kernel_does_not_restrict_is_a_note() -> None:
+    def level(*, is_confined: bool | None) -> Severity | None:
+        found = checkup.io_uring_findings(a_machine(), DriverAnswer(is_confined=is_confined))
+        return next((finding.level for finding in found if finding.id == "io-uring-restricted"), None)
+
+    assert [level(is_confined=value) for value in (True, False, None)] == [OK, NOTE, None]
+
+
 # --- what is made of it: swaps and devices
 
 SWAP = Swap("/dev/ublkb3", is_file=False, used=0, is_deleted=False, ublk=frozenset({3}))

@@ -82,6 +82,7 @@ def test_a_machine_without_faults_has_none_but_those_of_its_kernel(config: Path)
         "features",
         "slots",
         "io-uring",
+        "io-uring-restricted",
         "swap",
         "devices",
         "configuration",
