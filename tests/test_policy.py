@@ -13,6 +13,7 @@ from duende_ublkd.core.config import OnOrphan, OnUnserved, Policy, Recovery
 from duende_ublkd.core.holds import Hold
 from duende_ublkd.core.ledger import History, Overdue
 from duende_ublkd.core.model import (
+    OPENING,
     Action,
     Condition,
     DevInfo,
@@ -74,7 +75,7 @@ class Case:
     phase_for: float = 100.0  # seconds
     idle_for: float | None = 100.0
     watched_for: float | None = 100.0
-    overdue: bool = False
+    overdue: str = ""  # the command
     paused_for: float = 0.0
     daemon_for: float = 3600.0  # since this daemon's first look
     trail: Trail = NO_TRAIL
@@ -109,7 +110,7 @@ class Case:
             idle_since=None if self.idle_for is None else NOW - self.idle_for,
             server=GONE if self.seen_live else None,
             server_died=self.server_died,
-            overdue=Overdue("DEL_DEV_ASYNC", NOW - 11) if self.overdue else None,
+            overdue=Overdue(self.overdue, NOW - 11) if self.overdue else None,
             paused_until=NOW + self.paused_for,
             pause_reason="deleting it failed: DEL_DEV_ASYNC on ublk3: input/output error" if self.paused_for else "",
             watched_since=NOW - self.daemon_for,
@@ -264,13 +265,13 @@ TRUTH = {
     ),
     "given up, command over": (replace(TO_GIVE_UP, trail=Trail(1, limit=NOW)), "unserved", "delete", "nothing holds"),
     "given up, refused": (replace(TO_GIVE_UP, paused_for=4.0), "unserved", "alert", "input/output error"),
-    "given up, overdue": (replace(TO_GIVE_UP, overdue=True), "wedged", "alert", "has not answered"),
+    "given up, overdue": (replace(TO_GIVE_UP, overdue="DEL_DEV_ASYNC"), "wedged", "alert", "has not answered"),
     "orphan on hold": (Case(hold=HOLD), "orphaned", "none", "on hold for 9 min more by root (upgrade)"),
     "held on hold": (Case(usage=MOUNTED, hold=HOLD), "pinned", "none", "on hold for 9 min"),
     "to be recovered on hold": (replace(TO_RECOVER, hold=HOLD), "unserved", "none", "on hold for 9 min"),
     "to be given up on hold": (replace(TO_GIVE_UP, hold=HOLD), "unserved", "none", "on hold for 9 min"),
     "unserved on hold": (replace(LATE, hold=HOLD), "unserved", "none", "on hold for 9 min"),
-    "wedged on hold": (Case(overdue=True, hold=HOLD), "wedged", "alert", "on hold for 9 min"),
+    "wedged on hold": (Case(overdue="DEL_DEV_ASYNC", hold=HOLD), "wedged", "alert", "on hold for 9 min"),
     "unknown on hold": (Case(state=7, hold=replace(HOLD, uid=1000, why="")), "unknown", "alert", "more by uid 1000"),
     "served on hold": (replace(LIVE_CASE, hold=HOLD), "live", "none", "on hold for 9 min"),
     "taken over": (replace(UNSERVED, usage=OPEN), "recovering", "none", "4122 (worker) has taken its char device"),
@@ -303,7 +304,8 @@ TRUTH = {
     "deleted, held": (Case(listed=False, usage=MOUNTED), "pinned", "alert", "mount /srv"),
     "deleted, open": (Case(listed=False, usage=OPEN), "pinned", "alert", "4122 (worker) closes its char device"),
     "deleted, by whom held": (Case(listed=False), "pinned", "alert", "cannot be seen"),
-    "overdue": (Case(overdue=True), "wedged", "alert", "DEL_DEV_ASYNC has not answered for 11 s"),
+    "overdue": (Case(overdue="DEL_DEV_ASYNC"), "wedged", "alert", "DEL_DEV_ASYNC has not answered for 11 s"),
+    "its open overdue": (replace(TO_GIVE_UP, overdue=OPENING), "wedged", "alert", "open has not answered for 11 s"),
     "no answer": (Case(state=None, trouble="EIO"), "unknown", "alert", "EIO"),
     "no answer nor reason": (Case(state=None), "unknown", "alert", "GET_DEV_INFO gave no answer"),
     "a state of tomorrow": (Case(state=7), "unknown", "alert", "state 7"),
@@ -349,7 +351,7 @@ def everything() -> Iterator[Case]:
         case = Case(state, disk, node, listed, usage, server, seen_live=seen_live, idle_for=idle, watched_for=watched)
         yield case
         if server is None:
-            yield replace(case, overdue=True)
+            yield replace(case, overdue="DEL_DEV_ASYNC")
             yield replace(case, paused_for=1.0)
             yield replace(case, policy=KEEPS, phase_for=1.0)
             yield replace(case, policy=Policy(setup_grace=0.0, orphan_grace=0.0), phase_for=0.0)
@@ -370,7 +372,7 @@ def everything() -> Iterator[Case]:
             for phase_for, daemon_for in itertools.product((59.9, 60.0, 3600.0), repeat=2):
                 yield replace(case, policy=GIVES_UP, phase_for=phase_for, daemon_for=daemon_for)
             yield replace(case, policy=GIVES_UP, paused_for=1.0)
-            yield replace(case, policy=GIVES_UP, overdue=True)
+            yield replace(case, policy=GIVES_UP, overdue="DEL_DEV_ASYNC")
             yield replace(case, policy=GIVES_UP, hold=HOLD)
             yield replace(case, policy=GIVES_UP, phase_for=3600.0, traits=TWO_STUCK)
 
@@ -382,7 +384,7 @@ def why_hands_off(case: Case) -> list[str]:
         "no sysfs entry": not case.listed,
         "nobody looked": case.usage is None,
         "open": bool(usage.char_openers),
-        "overdue": case.overdue,
+        "overdue": bool(case.overdue),
         "paused": case.paused_for > 0,
         "on hold": case.hold is not None,
         "would wait behind others": len(case.traits.stuck) > 1,
@@ -527,6 +529,14 @@ def test_many_holders_are_counted_and_not_listed(count: int) -> None:
     reason = Case(usage=Usage(holders=holders)).verdict().reason
     assert reason.count("/srv/") == min(count, 3)
     assert (f"and {count - 3} more" in reason) == (count > 3)
+
+
+@pytest.mark.parametrize(("command", "way_out"), [(OPENING, "open_mutex"), ("DEL_DEV", "the command's answer")])
+def test_what_did_not_answer_decides_what_would_help(command: str, way_out: str) -> None:
+    history = replace(Case().history(), overdue=Overdue(command, NOW - 11))
+    verdict = policy.decide(Case().seen(), history, Policy(), Traits(), NOW)
+    assert (verdict.kind, verdict.action) == (VerdictKind.WEDGED, Action.ALERT)
+    assert way_out in policy.WHAT_WOULD_CHANGE_IT[verdict.rule]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from duende_ublkd.core.config import OnOrphan, OnUnserved
-from duende_ublkd.core.model import Action, Condition, KernelState, Verdict, VerdictKind
+from duende_ublkd.core.model import OPENING, Action, Condition, KernelState, Verdict, VerdictKind
 
 if TYPE_CHECKING:
     from duende_ublkd.core.config import Policy, Recovery
@@ -116,7 +116,7 @@ def _decide(seen: Observation, past: History, policy: Policy, traits: Traits, no
             f"{past.overdue.command} has not answered for {_span(now - past.overdue.since)}; nothing more is sent to it",
             Action.ALERT,
             look_again_in=5.0,
-            rule="overdue",
+            rule="open-overdue" if past.overdue.command == OPENING else "overdue",
         )
     if seen.info is None:
         if _is_deleted_unseen(seen):
@@ -450,6 +450,9 @@ WHAT_WOULD_CHANGE_IT = {
     "not answer its I/O (kill that server), or of one whose server was killed in START_DEV (6.7 to 6.17: a reboot)",
     "overdue": "the command's answer; a person can look for what it waits for (dmesg, /proc/PID/stack), and say that one of "
     "a former daemon is over: duende-ublkd release",
+    "open-overdue": "a new server, or the end of whoever holds the disk's open_mutex: since 6.18.4 the kernel's own read of "
+    "the partition table does, which waits for the server that died in it; a person who knows that nobody uses the disk can "
+    "send STOP_DEV",
     "no-answer": "an answer of the driver to GET_DEV_INFO",
     "strange-state": "a version of duende-ublkd that knows the state",
     "served": "the death of that process, or its closing the device",

@@ -296,7 +296,7 @@ def test_a_hand_that_comes_back_from_its_open_stops_nothing_that_is_served_by_th
         rereading.wait_for("REREADING")
         take_config(daemon, GIVING_UP)
         device = daemon.wait_verdict(46, "wedged")
-        assert device["rule"] == "overdue"
+        assert device["rule"] == "open-overdue"
         assert "open has not answered" in device["reason"]
         (hand,) = processes("ublkd-hand")
         assert "bdev" in stack_of(hand) or "blkdev" in stack_of(hand), stack_of(hand)
