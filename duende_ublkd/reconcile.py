@@ -159,6 +159,8 @@ class Reconciler:
         gone = self._notice_gone(wanted - {each.dev_id for each in seen})
         self._end_holds()
         changed = [device for each in seen if (device := self._judge(each))]
+        if dev_ids is None:
+            self.ledger.note_full_look(began)
         changed = await self._with_stuck(changed, {each.dev_id for each in seen})
         self._sort_devices()
         deeds = [_would_do(device) for device in changed if self.is_dry_run and device.verdict.action in _DEEDS]

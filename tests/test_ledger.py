@@ -66,6 +66,16 @@ def test_a_device_that_was_there_before_us_is_as_old_as_its_node() -> None:
     assert (history.seen_idle_since, history.idle_since) == (100, 30)
 
 
+@pytest.mark.parametrize(("age", "idle_since"), [(5000, 90), (7, 93), (None, 100)])
+def test_a_device_is_no_older_than_the_last_full_look_whatever_the_wall_clock_was_set_to(
+    age: float | None, idle_since: float
+) -> None:
+    ledger = Ledger()
+    ledger.note_full_look(90)
+    history = ledger.record(a_look(100, age=age))
+    assert (history.seen_idle_since, history.idle_since) == (100, idle_since)
+
+
 @pytest.mark.parametrize(
     "break_",
     [
@@ -262,7 +272,7 @@ def test_what_has_to_be_watched_without_a_break_begins_anew_after_a_restart() ->
     ledger.record(a_look(20))
     history = remembering(written(ledger), a_look(50, age=45))
     assert (history.phase_since, history.watched_since) == (20, 50)
-    assert (history.seen_idle_since, history.idle_since) == (50, 5)
+    assert (history.seen_idle_since, history.idle_since) == (50, 20)  # the former daemon saw it served until then
     assert remembering(written(ledger), a_look(50)).idle_since == 50
 
 

@@ -85,6 +85,8 @@ class Ledger:
         self._remembered: dict[int, History] = {}  # of a former daemon, and not seen by this one yet
         self.keep: Callable[[int], None] = lambda _: None  # called when a record must be kept before anything goes on
         self._late: set[tuple[int, str]] = set()  # answers that came after their deadline, since the last question
+        self._maybe_overdue: set[int] = set()  # every id with a command that is overdue, and some that had one
+        self._looked_at_all: float | None = None  # when the last full look began
 
     def __contains__(self, dev_id: int) -> bool:
         return dev_id in self._histories
@@ -115,6 +117,8 @@ class Ledger:
         if has_ended and not past.hand:  # a process that has ended has no command in the kernel; a child of it may
             past = replace(past, overdue=None)
         self._remembered[dev_id] = past
+        if past.overdue:
+            self._maybe_overdue.add(dev_id)
 
     def hand_of_former(self, dev_id: int) -> Process | None:
         """Who a former daemon had told to stop this device, and had not heard of again."""
@@ -140,12 +144,18 @@ class Ledger:
         return past
 
     def _begin(self, seen: Observation) -> History:
-        """The history of an instance that this daemon sees for the first time."""
+        """The history of an instance that this daemon sees for the first time.
+
+        It is no older than the last full look: the node's own age comes from a clock that anybody may set.
+        """
         new = _begin(seen)
+        if new.idle_since is not None and self._looked_at_all is not None:
+            new = replace(new, idle_since=min(max(new.idle_since, self._looked_at_all), seen.at))
         old = self._remembered.pop(seen.dev_id, None)
         if old is None or seen.identity.sysfs_inode is None or old.identity.sysfs_inode != seen.identity.sysfs_inode:
             return new
-        old = replace(old, seen_idle_since=None, idle_since=new.idle_since, watched_since=seen.at)
+        idle_since = None if new.idle_since is None else max(new.idle_since, old.phase_since)
+        old = replace(old, seen_idle_since=None, idle_since=idle_since, watched_since=seen.at)
         return _continue(old, seen)
 
     def note_verdict(self, dev_id: int, verdict: Verdict, at: float) -> tuple[History, Verdict | None]:
@@ -208,6 +218,7 @@ class Ledger:
         """
         past = self._histories.get(dev_id)
         if past and (dev_id, command) not in self._late:
+            self._maybe_overdue.add(dev_id)
             self._histories[dev_id] = replace(past, overdue=past.overdue or Overdue(command, at, of_look))
 
     def note_answer(self, dev_id: int, command: str) -> None:
@@ -226,10 +237,20 @@ class Ledger:
 
     def stuck_deletions(self) -> tuple[int, ...]:
         """The ids whose DEL_DEV, of whichever kind, has missed its deadline and not answered; not looked at yet or not."""
-        known = self._remembered | self._histories
-        return tuple(
-            dev_id for dev_id, past in sorted(known.items()) if past.overdue and past.overdue.command in _DELETIONS
-        )
+        found = []
+        for dev_id in sorted(
+            self._maybe_overdue
+        ):  # asked with each verdict: a thousand devices must not cost a million
+            past = self._histories.get(dev_id) or self._remembered.get(dev_id)
+            if past is None or past.overdue is None:
+                self._maybe_overdue.discard(dev_id)
+            elif past.overdue.command in _DELETIONS:
+                found.append(dev_id)
+        return tuple(found)
+
+    def note_full_look(self, began: float) -> None:
+        """Every id that was taken then is known: what is seen for the first time from now on was added later."""
+        self._looked_at_all = began
 
     def forget_remembered(self) -> tuple[int, ...]:
         """After a look at all: what was remembered and is not there any more."""
