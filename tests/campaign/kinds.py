@@ -318,7 +318,7 @@ def thousand_ids(world: World, chance: random.Random) -> int:
     promise("a thousand devices can be added", kept=status == 0)
     ours = {guard.dev_id for guard in world.guards}
     dev_ids = [number for number in range(_HUGE + 64) if number not in ours]
-    world.note("a thousand free again after s", world.until_free(dev_ids, 300.0))
+    world.note("a thousand free again after s", world.until_free(dev_ids, 900.0))
     return 1
 
 
