@@ -52,6 +52,7 @@ T = TypeVar("T")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SYSFS_CLASS = Path("/sys/class/ublk-char")
+_SHOWN = 5  # of the devices that a violation is about
 SETUP_GRACE = 2.0  # seconds; as in CONFIG. A server takes a tenth of that on an emulated CPU
 RECOVERY_IDS = range(800, 850)
 CONFIG = """
@@ -446,9 +447,11 @@ class World:
         try:
             wait_for("every id is free", are_free, by)
         except ViolationError as violation:
-            told = [each for each in self.daemon.answers() if each["dev_id"] in still]
+            few = sorted(still)[:_SHOWN]
+            told = [each for each in self.daemon.answers() if each["dev_id"] in few]
             raise ViolationError(
-                f"{violation}; left are {infos(still)}; the daemon says {told}; its log: {self.daemon.log[-4000:]}"
+                f"{violation}; left are {len(still)}, such as {infos(few)}; the daemon says {told}; "
+                f"its log: {self.daemon.log[-4000:]}"
             ) from None
         took = time.monotonic() - began
         self.note("ids free after s", took)
