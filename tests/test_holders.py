@@ -368,7 +368,25 @@ def test_the_threads_of_a_leader_that_has_exited_are_looked_at(machine: Machine)
     assert [opener.pid for opener in machine.look().char_openers] == [812]
 
 
-def test_no_file_system_is_asked_about_a_descriptor_that_is_no_device(machine: Machine) -> None:
+def test_a_disk_opened_by_a_node_that_a_container_made_is_held(machine: Machine) -> None:
+    machine.nodes = {"/data/blk": Node(stat.S_IFBLK, DISK), "/data/other": Node(stat.S_IFREG, None)}
+    machine.process(7, "postgres", links={"4": "/data/blk", "5": "/data/other"}, ns=OTHER_NS)
+    assert what(machine.look()) == ["open pid 7 (postgres)"]
+
+
+@pytest.mark.parametrize("how", ["bind mount", "node of its own"])
+def test_a_loop_device_over_a_disk_of_another_name_holds_it(machine: Machine, how: str) -> None:
+    if how == "bind mount":
+        machine.process(7, "kubelet", ns=OTHER_NS, mounts=b"50 22 0:6 /ublkb3 /var/lib/x rw - devtmpfs udev rw\n")
+    else:
+        machine.nodes = {"/var/lib/x": Node(stat.S_IFBLK, DISK)}
+    loop = machine.disk("loop0", (7, 0)) / "loop"
+    loop.mkdir()
+    (loop / "backing_file").write_text("/var/lib/x\n")
+    assert what(machine.look()) == ["loop loop0 on /var/lib/x"]
+
+
+def test_no_file_system_is_asked_about_a_descriptor_that_has_no_path_or_is_known(machine: Machine) -> None:
     asked: list[str] = []
 
     def node(directory: int, name: str, link: str) -> Node | None:
@@ -379,7 +397,7 @@ def test_no_file_system_is_asked_about_a_descriptor_that_is_no_device(machine: M
     links = ["/mnt/nfs/data", "socket:[4]", "anon_inode:[io_uring]", "/dev/null", "/dev/pts/0", "/home/x", "/dev/sda"]
     machine.process(812, links={str(n): link for n, link in enumerate(links)})
     look({3: UBLK3}, proc=machine.proc, sys=machine.sys, node=node)
-    assert asked == ["/dev/sda"]
+    assert sorted(asked) == ["/dev/sda", "/home/x", "/mnt/nfs/data"]
 
 
 HOSTILE = [

@@ -359,13 +359,18 @@ def read_char_device(dev_id: int, identity: Identity) -> tuple[str | None, float
         return None, None
     if not stat.S_ISCHR(node.st_mode) or (os.major(node.st_rdev), os.minor(node.st_rdev)) != identity.char_rdev:
         return None, None
-    return path, _age_of(node)
+    try:
+        entry = os.stat(f"{SYSFS_CLASS}/ublkc{dev_id}/")
+    except OSError:
+        return path, None
+    return path, _age_of(node, entry)
 
 
-def _age_of(node: os.stat_result) -> float | None:
-    """How old a node of devtmpfs is at least.
+def _age_of(node: os.stat_result, entry: os.stat_result) -> float | None:
+    """How old a device is at least: no older than its node, nor than the first look at its entry in sysfs.
 
-    The only time that the kernel keeps is the wall clock's, in the node, and that clock may have been set since. By how
+    Where a node was made by hand, devtmpfs leaves it to the next device of that number, and it is older than that one.
+    Both times are the wall clock's, there is no other, and that clock may have been set since. By how
     much it has been set since boot shows in the oldest of the nodes that devtmpfs made at boot; that, the time that the
     machine was suspended, and a slack for the time that booting took are taken off. Not seen: a clock that was set back
     before ADD_DEV and forward after it.
@@ -376,7 +381,7 @@ def _age_of(node: os.stat_result) -> float | None:
         return None
     set_forward = max(boot - min(made_at_boot) + BOOT_SLACK, 0.0)
     suspended = time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
-    age = time.time() - max(node.st_ctime, node.st_mtime) - set_forward - suspended
+    age = time.time() - max(node.st_ctime, node.st_mtime, entry.st_ctime) - set_forward - suspended
     return max(age, 0.0)
 
 

@@ -9,9 +9,9 @@ Facts that shape it:
   has no user of ours left; and an id stays taken while its disk has a user, so the name `ublkbN` means that one id.
 - A file system without a block device of its own (btrfs, bcachefs) shows dev_t 0:N and names its disk as the source.
   tmpfs, overlay, fuse and their like show any text that their mounter, who may be anybody, chose: no evidence.
-- A descriptor's link is text made from memory (d_path). Following it asks the file's file system, and any user can
-  mount a FUSE that never answers, on a /dev of their own: so it is asked only about links that look like a device node,
-  and with AT_STATX_DONT_SYNC, which NFS and FUSE answer from memory.
+- A descriptor's link is text made from memory (d_path), and a node of a disk may have any name: a container makes its
+  own. Following the link asks the file's file system, which may never answer: so it is asked with AT_STATX_DONT_SYNC,
+  which NFS, FUSE, SMB and Ceph answer from memory. One that does not (9p) costs the sweep, and so what depends on it.
 - A leader that has exited while its threads go on has neither namespaces nor descriptors; its threads still do.
 - The caller may have locked all memory, future too: a read buffer is as large as what is read, never as its limit.
 
@@ -172,6 +172,7 @@ def _id(pattern: re.Pattern[str], path: str) -> int | None:
 
 # --- asking about a descriptor ---------------------------------------------------------------------------------------
 
+_AT_FDCWD = -100
 _AT_STATX_DONT_SYNC = 0x4000
 _AT_NO_AUTOMOUNT = 0x800
 _STATX_TYPE = 1
@@ -262,7 +263,7 @@ class _Sweep:
         self._by_char = {t.char_rdev: t.dev_id for t in self._targets.values() if t.char_rdev}
         self._directories: dict[int, list[str]] = {}
         self._by_disk: dict[Rdev, int] = {}
-        self._aliases: set[str] = set()  # where a devtmpfs node is bind-mounted under another name
+        self._aliases: dict[str, int] = {}  # where a disk's node of devtmpfs is bind-mounted under another name
         self._namespaces_named: set[str] = set()
 
     def run(self) -> None:
@@ -475,8 +476,8 @@ class _Sweep:
     def _look_at_mount(self, mount: Mount, body: _Body, shown: set[tuple[int, str]]) -> None:
         if mount.fstype == "nsfs" and _NAMESPACE.fullmatch(mount.root):
             self._namespaces_named.add(mount.root)
-        if mount.fstype in {"devtmpfs", "tmpfs"} and (disk_id(mount.root), char_id(mount.root)) != (None, None):
-            self._aliases.add(mount.mountpoint)
+        if mount.fstype in {"devtmpfs", "tmpfs"} and (alias := disk_id(mount.root)) is not None:
+            self._aliases[mount.mountpoint] = alias
         dev_id = self._mounted(mount)
         if dev_id is None or (dev_id, mount.mountpoint) in shown:  # a copy in another namespace
             return
@@ -551,9 +552,9 @@ class _Sweep:
         if link.startswith("mnt:["):
             self._namespaces_named.add(link)
             return False
-        if link.startswith("/dev/"):
+        if link.startswith("/"):  # a container may have a node of any name, anywhere
             return _DULL.fullmatch(link) is None
-        return "ublk" in link or link in self._aliases
+        return "ublk" in link
 
     def _look_at_node(self, body: _Body, name: str, link: str, node: Node) -> None:
         is_char = node.kind == stat.S_IFCHR
@@ -599,9 +600,20 @@ class _Sweep:
     def _look_at_backing(self, device: str, name: str) -> None:
         kind, attribute = ("loop", "loop/backing_file") if name.startswith("loop") else ("holder", "backing_dev")
         path = (self._read(f"{device}/{attribute}") or b"").removesuffix(b"\n").decode("utf-8", "surrogateescape")
-        dev_id = self._named(path)
+        dev_id = self._backed_by(path)
         if dev_id is not None:
             self._hold(dev_id, kind, f"{name} on {path}")
+
+    def _backed_by(self, path: str) -> int | None:
+        """The target behind a file's name, which may be a node of another name."""
+        if path in self._aliases:
+            return self._aliases[path] if self._aliases[path] in self._targets else None
+        try:
+            node = self._node(_AT_FDCWD, path, path) if path.startswith("/") else None
+        except OSError:
+            node = None  # deleted, or a name in another mount namespace: it is all there is
+        is_disk = node is not None and node.kind == stat.S_IFBLK
+        return self._disk(node.rdev, path) if node and is_disk else self._named(path)
 
     # File systems that no mount table shows
 
