@@ -27,8 +27,8 @@ def main() -> None:
         if error.hint:
             print(f"  try: {printable(error.hint, 1000)}", file=sys.stderr)
         code = error.exit_code
-    except cli.LogHangsError:
-        os._exit(ExitCode.DONE)  # the interpreter's own end would wait for the log's thread, and flush what it cannot
+    except cli.LogHangsError as error:
+        os._exit(error.args[0])  # the interpreter's own end would wait for the log's thread, and flush what it cannot
     except KeyboardInterrupt:
         code = _INTERRUPTED
     except BrokenPipeError:

@@ -39,7 +39,10 @@ _DEVICE = re.compile(r"(?:/dev/)?(?:ublk[bc]?)?([0-9]{1,7})")
 
 
 class LogHangsError(Exception):
-    """The daemon is done, and whoever reads its log does not: nothing more may be written, nor flushed at the end."""
+    """The daemon is done, and whoever reads its log does not: nothing more may be written, nor flushed at the end.
+
+    Its argument is the exit code.
+    """
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,20 +66,7 @@ def run(arguments: Sequence[str]) -> ExitCode:
     if getattr(options, "dry_run", False):
         config = replace(config, daemon=replace(config.daemon, dry_run=True))
     if command == "run":
-        keep_threads_small()
-        if config.daemon.lock_memory:
-            reclaim_without_io()  # what it cannot have, it does without
-        spare_from_oom()
-        outlet = set_up_logging()
-        from duende_ublkd import daemon  # noqa: PLC0415 - its imports (HTTP, metrics, udev) are heavy, and no other's
-
-        try:
-            asyncio.run(daemon.run(config, options.config))
-        finally:
-            is_read = outlet.drain(LAST_LINES)
-        if not is_read:
-            raise LogHangsError
-        return ExitCode.DONE
+        return _run_daemon(config, options.config)
     os.close(open_control_device())
     if command == "clean":
         return asyncio.run(_clean(config, options))
@@ -86,6 +76,27 @@ def run(arguments: Sequence[str]) -> ExitCode:
     else:
         _print_explanation(explanations, options)
     return ExitCode.DONE
+
+
+def _run_daemon(config: Config, path: str | None) -> ExitCode:
+    """Until it is told to stop. LogHangsError: it is done, however it ended, and cannot even say so."""
+    keep_threads_small()
+    if config.daemon.lock_memory:
+        reclaim_without_io()  # what it cannot have, it does without
+    spare_from_oom()
+    outlet = set_up_logging()
+    from duende_ublkd import daemon  # noqa: PLC0415 - its imports (HTTP, metrics, udev) are heavy, and no other's
+
+    code = ExitCode.DONE
+    try:
+        asyncio.run(daemon.run(config, path))
+    except BaseException as error:
+        code = error.exit_code if isinstance(error, DuendeError) else ExitCode.LEFT_OVER
+        raise
+    finally:
+        if not outlet.drain(LAST_LINES):
+            raise LogHangsError(code)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:

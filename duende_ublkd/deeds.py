@@ -13,6 +13,7 @@ Rules:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ from duende_ublkd.core.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
-    from contextlib import AbstractContextManager
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
     from duende_ublkd.core.config import Policy, Recovery
     from duende_ublkd.core.ledger import History, Ledger
@@ -54,9 +55,11 @@ MOST_RECOVERIES = 8
 """Under way at once: each is a program of somebody's, on a machine that has lost a disk."""
 _MOST_SENT = min(4, 2 * (os.cpu_count() or 1))
 """DEL_DEVs in the kernel at once. They take one mutex for all devices (ublk_ctl_mutex), and should that be stuck, each keeps
-one of the 4 x CPUs workers of io-wq that every other command needs."""
+one of the 4 x CPUs workers of io-wq that every other command needs. One more may wait for the holders of a device that
+cannot be deleted asynchronously: such devices delay no other."""
 _FIRST_CONFIRM = 0.001
 _SPARED_PAUSE = 1.0
+_TAKEN_PAUSE = 5.0
 _FIRST_GLANCE = 0.02  # seconds between two questions whether a device is served again; grows
 _LONGEST_GLANCE = 0.25
 
@@ -205,6 +208,7 @@ class Deeds:
         self._judge = judge
         self._deletions = asyncio.Semaphore(MOST_DELETIONS)
         self._sent_deletions = asyncio.Semaphore(_MOST_SENT)
+        self._sent_waiting = asyncio.Semaphore(1)
         self._recoveries = asyncio.Semaphore(MOST_RECOVERIES)
 
     async def delete(self, device: Judged) -> None:
@@ -222,7 +226,21 @@ class Deeds:
                 return
             rule = self._judge.policy_for(again, history).recover
             if rule and self._judge.decide(again, history).action is Action.RECOVER:
-                await self._try_to_recover(replace(device, seen=again), history, rule)
+                if self._is_taken_unseen(again):
+                    why, now = "somebody who cannot be seen has its char device open", self._judge.clock()
+                    self._ledger.note_trail(again.dev_id, history.trail.failed(why, now, _TAKEN_PAUSE))
+                else:
+                    await self._try_to_recover(replace(device, seen=again), history, rule)
+
+    def _is_taken_unseen(self, seen: Observation) -> bool:
+        """Where a look may have overlooked a new server, the exclusive open does not."""
+        if seen.usage and seen.usage.complete:
+            return False
+        try:
+            with self._kernel.claim(seen):
+                return False
+        except (DuendeError, OSError):
+            return True
 
     # Deleting
 
@@ -257,14 +275,15 @@ class Deeds:
         """Reasons to hold back, one after the other, and then the deletion."""
         dev_id = device.seen.dev_id
         try:
-            with self._kernel.claim(device.seen) as claim:
-                again = await claim.look_again()
-                if again is None:
-                    return Outcome.ALREADY_GONE, "somebody else deleted it"
-                if again.info and again.info.state != KernelState.DEAD:
-                    return await self._stop(device, claim, again)
-                if outcome := await self._send_deletion(device, claim, replace(again, usage=device.seen.usage)):
-                    return outcome
+            async with self._turn(device):  # before the claim, which keeps a late server out
+                with self._kernel.claim(device.seen) as claim:
+                    again = await claim.look_again()
+                    if again is None:
+                        return Outcome.ALREADY_GONE, "somebody else deleted it"
+                    if again.info and again.info.state != KernelState.DEAD:
+                        return await self._stop(device, claim, again)
+                    if outcome := await self._send_deletion(device, claim, replace(again, usage=device.seen.usage)):
+                        return outcome
         except BusyError:
             reason = "somebody has opened its char device"
             if device.verdict.kind is VerdictKind.UNSERVED:  # a new server: a claim must not hinder it again and again
@@ -276,16 +295,24 @@ class Deeds:
             return Outcome.ALREADY_GONE, "somebody else deleted it"
         return await self._confirm(device.seen)
 
+    def _turn(self, device: Judged) -> AbstractAsyncContextManager[None]:
+        """One of the few places for DEL_DEV. What is to be stopped needs none; what waits for its holders has its own."""
+        info = device.seen.info
+        if info is None or info.state != KernelState.DEAD:
+            return contextlib.nullcontext()
+        is_waited_for = info.unprivileged or not self._kernel.traits.async_delete
+        is_held = device.verdict.kind is VerdictKind.PINNED
+        return self._sent_waiting if is_waited_for and is_held else self._sent_deletions
+
     async def _send_deletion(self, device: Judged, claim: Claim, again: Observation) -> tuple[Outcome, str] | None:
-        """The last word before the command, in its turn; None: it is done, and the id to be looked at."""
-        async with self._sent_deletions:
-            reason = self._why_not(device, again)
-            if reason or again.info is None:
-                return self._spare(again.dev_id, reason)
-            try:
-                await claim.delete(again.info)
-            except InterruptedCommandError as error:  # of any other command it says nothing of the kind
-                return Outcome.DELETED_STILL_HELD, error.meaning
+        """The last word before the command; None: it is done, and the id to be looked at."""
+        reason = self._why_not(device, again)
+        if reason or again.info is None:
+            return self._spare(again.dev_id, reason)
+        try:
+            await claim.delete(again.info)
+        except InterruptedCommandError as error:  # of any other command it says nothing of the kind
+            return Outcome.DELETED_STILL_HELD, error.meaning
         return None
 
     def _spare(self, dev_id: int, reason: str) -> tuple[Outcome, str]:
@@ -333,6 +360,8 @@ class Deeds:
             return "somebody else deleted it"
         if again.identity != device.seen.identity:
             return "its id belongs to another device now"
+        if self._judge.is_held(again):
+            return "somebody has it on hold"
         verdict = self._judge.decide(again, self._ledger.record(again))
         return "" if verdict.action is Action.DELETE else verdict.reason
 

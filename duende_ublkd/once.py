@@ -17,6 +17,7 @@ from duende_ublkd.kernel import holdfile
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from duende_ublkd.core.holds import Holds
     from duende_ublkd.core.model import Judged
     from duende_ublkd.reconcile import Agenda, Reconciler
 
@@ -73,10 +74,15 @@ async def settle(
     KernelUnavailableError; DuendeError: nobody knows what is on hold. Who only looks may take note of that instead.
     """
     reconciler, wanted = parts.reconciler, dev_ids
+
+    def load_holds() -> Holds:
+        return holdfile.load(run_directory(), reconciler.clock())
+
+    reconciler.read_holds = load_holds  # one that is set after the look counts, too
     until = reconciler.clock() + SETTLE_FOR
     while True:
         try:
-            reconciler.holds = holdfile.load(run_directory(), reconciler.clock())
+            reconciler.holds = load_holds()
         except DuendeError as error:
             if act or on_unknown_holds is None:
                 raise

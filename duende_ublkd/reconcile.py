@@ -115,6 +115,7 @@ class Reconciler:
         self.holds = Holds()
         self.ledger = Ledger()
         self.devices: dict[int, Judged] = {}
+        self.read_holds: Callable[[], Holds] | None = None
         self._kernel = kernel
         self._reporter = reporter
         self._agenda = agenda
@@ -158,9 +159,14 @@ class Reconciler:
             return report
         gone = self._notice_gone(wanted - {each.dev_id for each in seen})
         self._end_holds()
-        changed = [device for each in seen if (device := self._judge(each))]
+        changed = []
+        for number, each in enumerate(seen, 1):
+            if device := self._judge(each):
+                changed.append(device)
+            if number % _JUDGED_AT_ONCE == 0:
+                await asyncio.sleep(0)  # others have their turn: signals, watchdog, clients
         if dev_ids is None:
-            self.ledger.note_full_look(began)
+            self.ledger.note_full_look()
         changed = await self._with_stuck(changed, {each.dev_id for each in seen})
         self._sort_devices()
         deeds = [_would_do(device) for device in changed if self.is_dry_run and device.verdict.action in _DEEDS]
@@ -250,7 +256,9 @@ class Reconciler:
         return hold, attempts
 
     def is_held(self, seen: Observation) -> bool:
-        """Somebody has it on hold."""
+        """Somebody has it on hold. DuendeError: nobody can tell."""
+        if self.read_holds:  # this process is not the one that is asked for holds
+            self.holds = self.read_holds()
         return self.holds.active(seen.dev_id, seen.identity.sysfs_inode, self.clock()) is not None
 
     def decide(self, seen: Observation, history: History) -> Verdict:
@@ -289,10 +297,12 @@ class Reconciler:
         return [replace(each, usage=usage.get(each.dev_id)) for each in seen]
 
     def _wants_server(self, seen: Observation) -> bool:
-        """It is served, and its recovery will need to know by whom."""
+        """It is served, and its policy or its recovery will need to know by whom."""
         history = self.ledger.get(seen.dev_id)
         if not is_live(seen) or (history and history.server_confirmed):
             return False
+        if any(rule.match.server or rule.match.unit for rule in self.config.devices):
+            return True
         possible = [self.policy_for(seen, history)] if history else self.config.policies()
         return any(recovery.asks_for_server(each.recover) for each in possible)
 
@@ -361,6 +371,7 @@ class Reconciler:
 
 
 _DEEDS = (Action.DELETE, Action.RECOVER)
+_JUDGED_AT_ONCE = 50
 _STUCK_EVERY = 30.0  # seconds; a look at every thread of the machine
 _GLANCE_AT_RECOVERY = 1.0  # seconds until a device whose recovery begins, or waits for its turn, is looked at again
 

@@ -221,6 +221,7 @@ class FakeKernel:
         self.looks_are_overdue = False
         self.sees_everything = True  # a sweep over /proc is complete
         self.clock_was_set = False  # the age of a node cannot be told
+        self.nodes_are_older_by = 0.0  # seconds, than their devices
         self.setup_grace = 60.0  # promised to a server between ADD_DEV and open
         self.orphan_grace = 0.5  # promised to a server between close and DEL_DEV
         self.recovery_deadline: float | None = None  # promised to a new server; None: for ever
@@ -529,7 +530,9 @@ class FakeKernel:
             f"/dev/ublkc{dev_id}" if instance.has_node else None,
             instance.disk,
             process.as_seen() if process and not trouble else None,
-            age=now - instance.added_at if instance.has_node and not self.clock_was_set else None,
+            age=now - instance.added_at + self.nodes_are_older_by
+            if instance.has_node and not self.clock_was_set
+            else None,
             trouble=trouble,
             had_disk=instance.started and not self.hints_lost,
             overdue="GET_DEV_INFO" if dev_id in self.unanswered else "",

@@ -66,14 +66,11 @@ def test_a_device_that_was_there_before_us_is_as_old_as_its_node() -> None:
     assert (history.seen_idle_since, history.idle_since) == (100, 30)
 
 
-@pytest.mark.parametrize(("age", "idle_since"), [(5000, 90), (7, 93), (None, 100)])
-def test_a_device_is_no_older_than_the_last_full_look_whatever_the_wall_clock_was_set_to(
-    age: float | None, idle_since: float
-) -> None:
+def test_a_device_that_is_seen_first_after_a_full_look_is_new_whatever_its_node_and_the_clock_say() -> None:
     ledger = Ledger()
-    ledger.note_full_look(90)
-    history = ledger.record(a_look(100, age=age))
-    assert (history.seen_idle_since, history.idle_since) == (100, idle_since)
+    ledger.note_full_look()
+    history = ledger.record(a_look(100, age=5000))
+    assert (history.seen_idle_since, history.idle_since) == (100, 100)
 
 
 @pytest.mark.parametrize(
@@ -155,8 +152,12 @@ def test_a_fork_that_serves_is_the_known_server() -> None:
     assert history.server == OPEN.char_openers[0]
 
 
-def test_a_refused_claim_starts_the_idle_time_anew_and_from_the_second_on_waits_longer_each_time() -> None:
+@pytest.mark.parametrize(("was_live", "expected"), [(True, [2, 4, 8, 16, *[30] * 7]), (False, [120] * 11)])
+def test_a_refused_claim_starts_the_idle_time_anew_and_from_the_second_on_waits(
+    *, was_live: bool, expected: list[float]
+) -> None:
     ledger = Ledger()
+    ledger.record(live(9) if was_live else a_look(9, age=500))
     ledger.record(a_look(10, age=500))
     pauses = []
     for _ in range(12):
@@ -164,7 +165,7 @@ def test_a_refused_claim_starts_the_idle_time_anew_and_from_the_second_on_waits_
         history = ledger.record(a_look(20))
         assert (history.seen_idle_since, history.idle_since) == (20, 20)
         pauses.append(history.paused_until - 20)
-    assert pauses == [-20, 2, 4, 8, 16, 30, 30, 30, 30, 30, 30, 30]
+    assert pauses == [-20, *expected]
     assert ledger.record(a_look(30, usage=OPEN)).times_busy == 0
 
 

@@ -77,6 +77,7 @@ class Case:
     watched_for: float | None = 100.0
     overdue: str = ""  # the command
     paused_for: float = 0.0
+    times_busy: int = 0
     daemon_for: float = 3600.0  # since this daemon's first look
     trail: Trail = NO_TRAIL
     hold: Hold | None = None
@@ -114,6 +115,7 @@ class Case:
             paused_until=NOW + self.paused_for,
             pause_reason="deleting it failed: DEL_DEV_ASYNC on ublk3: input/output error" if self.paused_for else "",
             watched_since=NOW - self.daemon_for,
+            times_busy=self.times_busy,
             trail=self.trail,
         )
 
@@ -189,7 +191,13 @@ TRUTH = {
     "to be recovered soon": (replace(TO_RECOVER, phase_for=59.0), "unserved", "none", "60 s to be recovered in"),
     "to be recovered": (TO_RECOVER, "unserved", "recover", "attempt 1 of 3"),
     "held, to be recovered": (replace(TO_RECOVER, usage=MOUNTED), "unserved", "recover", "attempt 1 of 3"),
-    "taken, to be recovered": (replace(TO_RECOVER, usage=OPEN), "recovering", "none", "has taken its char device"),
+    "taken, to be recovered": (
+        replace(TO_RECOVER, usage=OPEN, phase_for=59.0),
+        "recovering",
+        "none",
+        "has taken its char device",
+    ),
+    "taken, and not served": (replace(TO_RECOVER, usage=OPEN), "unserved", "alert", "has had its char device for"),
     "to be recovered, open without a ring": (
         replace(TO_RECOVER, usage=LEAKED),
         "unserved",
@@ -241,7 +249,12 @@ TRUTH = {
     "to be given up": (TO_GIVE_UP, "unserved", "delete", "nothing holds its disk"),
     "to be given up soon": (replace(TO_GIVE_UP, phase_for=59.0), "unserved", "none", "60 s to be recovered in"),
     "given up, held": (replace(TO_GIVE_UP, usage=MOUNTED), "unserved", "alert", "mount /srv (ext4), so it is not"),
-    "given up, open": (replace(TO_GIVE_UP, usage=OPEN), "recovering", "none", "has taken its char device"),
+    "given up, open": (
+        replace(TO_GIVE_UP, usage=OPEN, phase_for=59.0),
+        "recovering",
+        "none",
+        "has taken its char device",
+    ),
     "given up, open without a ring": (
         replace(TO_GIVE_UP, usage=LEAKED),
         "unserved",
@@ -280,7 +293,15 @@ TRUTH = {
     "added": (ADDED, "starting", "none", "of 60 s left to open it"),
     "being set up": (replace(ADDED, usage=OPEN), "starting", "none", "being set up by 4122 (worker)"),
     "never opened": (replace(ADDED, idle_for=61.0), "orphaned", "delete", "never seen LIVE"),
-    "not yet closed": (Case(usage=OPEN), "closing", "none", "not yet closed by 4122 (worker)"),
+    "not yet closed": (Case(usage=OPEN, phase_for=44.0), "closing", "none", "not yet closed by 4122 (worker)"),
+    "never closed": (Case(usage=OPEN), "pinned", "alert", "until 4122 (worker) closes its char device"),
+    "open, by whom unseen": (
+        replace(ADDED, times_busy=2, paused_for=100.0),
+        "unknown",
+        "alert",
+        "never seen LIVE",
+    ),
+    "open once, by whom unseen": (replace(ADDED, times_busy=1, paused_for=100.0), "starting", "none", "left to open"),
     "watched briefly": (Case(idle_for=0.2, watched_for=0.2), "closing", "none", "watched for 500 ms"),
     "idle only begins": (Case(idle_for=None, watched_for=None), "closing", "none", "only begins"),
     "orphan": (Case(), "orphaned", "delete", "server 4121 died, device DEAD, nobody has it open, nothing holds it"),

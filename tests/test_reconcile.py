@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from duende_ublkd.core.config import Config, DaemonConfig, load
+from duende_ublkd.core.holds import Hold, Holds
 from duende_ublkd.core.model import Action, Feature, Outcome, VerdictKind
 from duende_ublkd.core.policy import Traits
 from duende_ublkd.deeds import _MOST_SENT, MOST_DELETIONS
@@ -819,7 +820,8 @@ def test_a_server_that_comes_right_before_the_claim_wins(finished: bool) -> None
         assert bench.recorder.outcomes == [Outcome.SPARED]
         assert bench.kernel.stops == []
         await bench.wait(600)
-        assert bench.verdict(device) is (VerdictKind.LIVE if finished else VerdictKind.RECOVERING)
+        assert bench.verdict(device) is (VerdictKind.LIVE if finished else VerdictKind.UNSERVED)
+        assert finished or "does not serve it" in bench.alerts()[-1]
         assert len(bench.recorder.deeds) == 1
 
     run(main())
@@ -1301,5 +1303,160 @@ def test_a_deletion_that_cannot_be_confirmed_is_not_called_a_failure() -> None:
         (deed,) = bench.recorder.deeds
         assert deed.outcome is Outcome.DELETED_STILL_HELD
         assert "nobody could tell" in deed.detail
+
+    on_the_bench(test)
+
+
+# --- evidence that deceives -------------------------------------------------------------------------------------------
+
+
+PROTECTED = load(
+    b"""
+[policy]
+unserved = "delete"
+[[device]]
+match = { server = "nbdublk" }
+unserved = "alert"
+""",
+    "config.toml",
+)
+
+
+@pytest.mark.parametrize("how", ["its pid is of another namespace", "its pid is somebody else's now"])
+def test_a_pid_that_was_only_claimed_or_is_anothers_by_now_does_not_choose_the_policy(how: str) -> None:
+    async def test(bench: Bench) -> None:
+        server, stranger = bench.kernel.process("nbdublk"), bench.kernel.process("kworker")
+        device = bench.kernel.add(server, flags=Feature.USER_RECOVERY)
+        bench.kernel.open(device)
+        bench.kernel.start(device)
+        if "namespace" in how:
+            device.pid = stranger.pid
+        await bench.wait(60)
+        bench.kernel.recovery_deadline = None
+        bench.kernel.kill(server)
+        await bench.wait(20)
+        if "somebody" in how:
+            bench.kernel.recycle(server.pid)
+        await bench.wait(300)
+        assert bench.is_there(device)
+        assert bench.kernel.stops == []
+        assert bench.rule(device) == "deadline-over"
+
+    on_the_bench(test, PROTECTED)
+
+
+def test_what_devtmpfs_left_to_a_new_device_does_not_shorten_its_grace() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.nodes_are_older_by = 3600.0
+        await bench.wait(RESYNC)
+        device = bench.kernel.add()
+        await bench.wait(59)
+        assert bench.is_there(device)
+        assert bench.kernel.violations == []
+
+    on_the_bench(test)
+
+
+def test_a_hold_that_is_set_while_a_one_shot_command_waits_for_its_turn_counts() -> None:
+    async def test(bench: Bench) -> None:
+        held = Holds()
+        bench.reconciler.read_holds = lambda: held
+        slow = [await bench.a_live_device(Feature.UNPRIVILEGED_DEV) for _ in range(_MOST_SENT)]
+        late = await bench.a_live_device()
+        for each in slow:
+            bench.kernel.deletion_takes[each.dev_id] = 5.0
+        for each in (*slow, late):
+            bench.kernel.kill(each.openers[0])
+        await bench.wait(3)
+        assert bench.is_there(late)
+        held.set(Hold(late.dev_id, bench.now, bench.now + 1000, 0, "mine", None))
+        await bench.wait(60)
+        assert bench.is_there(late)
+        assert not any(bench.is_there(each) for each in slow)
+
+    on_the_bench(test)
+
+
+def test_a_device_that_waits_for_its_turn_can_still_be_opened_by_its_server() -> None:
+    async def test(bench: Bench) -> None:
+        slow = [await bench.a_live_device() for _ in range(_MOST_SENT)]
+        for each in slow:
+            bench.kernel.deletion_takes[each.dev_id] = 5.0
+        late = await bench.a_live_device()
+        for each in (*slow, late):
+            bench.kernel.kill(each.openers[0])
+        await bench.wait(3)
+        assert bench.is_there(late)
+        assert not bench.kernel.is_busy(late)
+        assert sum(bench.kernel.is_busy(each) for each in slow) == _MOST_SENT
+
+    on_the_bench(test)
+
+
+def test_devices_whose_deletion_waits_for_their_holders_delay_no_other() -> None:
+    async def test(bench: Bench) -> None:
+        held = [await bench.a_live_device(Feature.UNPRIVILEGED_DEV) for _ in range(3 * _MOST_SENT)]
+        other = await bench.a_live_device()
+        for each in held:
+            bench.kernel.hold(each, MOUNT)
+        for each in (*held, other):
+            bench.kernel.kill(each.openers[0])
+        await bench.wait(2)
+        assert not bench.is_there(other)
+
+    on_the_bench(test)
+
+
+def test_no_recovery_command_runs_for_a_device_that_somebody_unseen_has_taken() -> None:
+    async def test(bench: Bench) -> None:
+        device = await bench.an_unserved_device()
+        bench.kernel.sees_everything = False
+        bench.kernel.recover(device, bench.kernel.process(visible=False))
+        await bench.wait(100)
+        assert bench.kernel.commands == []
+        assert "somebody who cannot be seen" in bench.reason(device)
+
+    on_the_bench(test, recovering(deadline=10))
+
+
+@pytest.mark.parametrize("case", ["leaked", "unseen", "taken"])
+def test_who_keeps_a_device_from_everybody_and_does_nothing_with_it_is_told_of(case: str) -> None:
+    async def test(bench: Bench) -> None:
+        kernel = bench.kernel
+        if case == "leaked":
+            device = await bench.a_live_device()
+            server = device.openers[0]
+            kernel.share(device, kernel.process("helper"))
+            kernel.stop(device)
+            kernel.kill(server)
+        elif case == "unseen":
+            device = kernel.add(kernel.process(visible=False))
+            kernel.open(device)
+        else:
+            device = await bench.an_unserved_device()
+            kernel.recover(device, kernel.process())
+        await bench.wait(600)
+        assert bench.alerts()
+        told = bench.recorder.told()
+        await bench.wait(3600)
+        assert bench.recorder.told() - told < 200
+        assert bench.is_there(device)
+
+    on_the_bench(test)
+
+
+def test_opens_that_anybody_may_do_do_not_keep_an_orphan_for_ever() -> None:
+    async def test(bench: Bench) -> None:
+        orphan = await bench.an_orphan()
+        for _ in range(20):
+            await bench.wait(0.1)
+            bench.reconciler.note_opened(orphan.dev_id)
+        assert not bench.is_there(orphan)
+        never_started = bench.kernel.add()
+        bench.kernel.kill(never_started.adder)
+        for _ in range(3700):
+            await bench.wait(1)
+            bench.reconciler.note_opened(never_started.dev_id)
+        assert not bench.is_there(never_started)
 
     on_the_bench(test)

@@ -27,6 +27,8 @@ _LONGEST_RETRY = 300.0
 _DOUBLINGS = 9  # and then it is beyond the longest anyway
 _DELETIONS = ("DEL_DEV", "DEL_DEV_ASYNC")
 _LONGEST_BUSY = 30.0  # seconds between two attempts to claim what somebody unseen has open
+_BUSY_UNSTARTED = 120.0  # the same for what may yet be started
+_OPENS_COUNT_FOR = 3600.0  # seconds after the first look that an event of an open counts for
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ class Ledger:
         self.keep: Callable[[int], None] = lambda _: None  # called when a record must be kept before anything goes on
         self._late: set[tuple[int, str]] = set()  # answers that came after their deadline, since the last question
         self._maybe_overdue: set[int] = set()  # every id with a command that is overdue, and some that had one
-        self._looked_at_all: float | None = None  # when the last full look began
+        self._has_looked_at_all = False
 
     def __contains__(self, dev_id: int) -> bool:
         return dev_id in self._histories
@@ -146,11 +148,10 @@ class Ledger:
     def _begin(self, seen: Observation) -> History:
         """The history of an instance that this daemon sees for the first time.
 
-        It is no older than the last full look: the node's own age comes from a clock that anybody may set.
+        After the first full look its node's age counts no more: it was added since, and most likely just now; and that age
+        is of a clock that anybody may set, or of a node that is not this device's own.
         """
-        new = _begin(seen)
-        if new.idle_since is not None and self._looked_at_all is not None:
-            new = replace(new, idle_since=min(max(new.idle_since, self._looked_at_all), seen.at))
+        new = _begin(seen if not self._has_looked_at_all else replace(seen, age=None))
         old = self._remembered.pop(seen.dev_id, None)
         if old is None or seen.identity.sysfs_inode is None or old.identity.sysfs_inode != seen.identity.sysfs_inode:
             return new
@@ -180,6 +181,7 @@ class Ledger:
             self._histories[dev_id] = replace(past, seen_idle_since=at, idle_since=at, times_busy=past.times_busy + 1)
             if past.times_busy:
                 pause = min(_FIRST_RETRY * 2 ** min(past.times_busy, _DOUBLINGS), _LONGEST_BUSY)
+                pause = pause if past.was_live else _BUSY_UNSTARTED
                 self.note_pause(dev_id, "somebody who cannot be seen has its char device open", at + pause)
 
     def note_death(self, dev_id: int, at: float) -> None:
@@ -190,9 +192,13 @@ class Ledger:
             self._histories[dev_id] = replace(past, death_seen=seen, server_died=True)
 
     def note_opened(self, dev_id: int, at: float) -> None:
-        """An event told that somebody opened the char device; its time of not being open starts anew."""
+        """An event told that somebody opened the char device; its time of not being open starts anew.
+
+        Not of one that can never be started again, nor for ever: some kernels tell of opens with O_PATH, too, which anybody
+        may do. The exclusive open before a deletion has the last word.
+        """
         past = self._histories.get(dev_id)
-        if past and past.seen_idle_since is not None:
+        if past and past.seen_idle_since is not None and not past.was_live and at < past.first_seen + _OPENS_COUNT_FOR:
             self._histories[dev_id] = replace(past, seen_idle_since=at, idle_since=at)
 
     def note_failure(self, dev_id: int, why: str, at: float) -> None:
@@ -248,9 +254,9 @@ class Ledger:
                 found.append(dev_id)
         return tuple(found)
 
-    def note_full_look(self, began: float) -> None:
-        """Every id that was taken then is known: what is seen for the first time from now on was added later."""
-        self._looked_at_all = began
+    def note_full_look(self) -> None:
+        """Every id that is taken is known: what is seen for the first time from now on was added later."""
+        self._has_looked_at_all = True
 
     def forget_remembered(self) -> tuple[int, ...]:
         """After a look at all: what was remembered and is not there any more."""
@@ -303,11 +309,18 @@ def _phase(seen: Observation) -> tuple[object, ...]:
 
 
 def _known_server(seen: Observation) -> Server | None:
-    """Who serves it. Whoever has a DEAD device open may be its server, or anybody who looks into it: that is left open."""
-    if seen.server and seen.server.alive and seen.server.may_serve:
-        return seen.server
-    dead = seen.info is None or seen.info.state == KernelState.DEAD
-    return _openers(seen)[0] if not dead and _openers(seen) else None
+    """Who serves it. Whoever has a DEAD device open may be its server, or anybody who looks into it: that is left open.
+
+    The pid that the kernel tells of is what somebody claimed (up to 6.16), or a former server's, and another process's by
+    now, where nobody serves: it counts while the device is LIVE, and where nobody is seen to have it open.
+    """
+    if seen.info is None or seen.info.state == KernelState.DEAD:
+        return None
+    openers = _openers(seen)
+    claimed = seen.server if is_live(seen) and seen.server and seen.server.alive and seen.server.may_serve else None
+    if claimed and (not openers or any(_same_process(claimed, opener) for opener in openers)):
+        return claimed
+    return openers[0] if openers else None
 
 
 def _is_confirmed(seen: Observation, server: Server | None) -> bool:
@@ -346,6 +359,8 @@ def _begin(seen: Observation) -> History:
 def _continue(past: History, seen: Observation) -> History:
     idle, phase = _is_idle(seen), _phase(seen)
     served_now = _known_server(seen)
+    if past.server_confirmed and phase == past.phase and not _is_confirmed(seen, served_now):
+        served_now = past.server  # a claim does not take the place of what was seen
     death_seen = past.death_seen
     server_died = past.server_died
     if is_live(seen) and served_now:

@@ -215,8 +215,7 @@ def _without_server(seen: Observation, past: History, policy: Policy, now: float
     if past.trail.began is not None:
         return _being_recovered(name, past.trail, policy, now)
     if opener := next((each for each in _char_openers(seen) if each.may_serve), None):
-        reason = f"{name}; {opener} has taken its char device"
-        return Verdict(VerdictKind.RECOVERING, reason, look_again_in=2.0, rule="taken")
+        return _taken(name, opener, policy, lasted)
     left = policy.recovery_deadline - lasted
     if policy.unserved is OnUnserved.RECOVER:
         # A server that comes back by itself may have begun to while nobody looked.
@@ -231,6 +230,15 @@ def _without_server(seen: Observation, past: History, policy: Policy, now: float
         return _to_be_given_up(seen, past, policy, now)
     reason = f"{_waiting(seen)}, for over {_span(policy.recovery_deadline)}"
     return Verdict(VerdictKind.UNSERVED, reason, Action.ALERT, rule="deadline-over")
+
+
+def _taken(name: str, by: Server, policy: Policy, lasted: float) -> Verdict:
+    """A new server is at it, or hangs in it."""
+    if lasted < max(policy.recovery_deadline, SETTLING):
+        reason = f"{name}; {by} has taken its char device"
+        return Verdict(VerdictKind.RECOVERING, reason, look_again_in=2.0, rule="taken")
+    reason = f"{name}; {by} has had its char device for {_span(lasted)}, and does not serve it"
+    return Verdict(VerdictKind.UNSERVED, reason, Action.ALERT, look_again_in=5.0, rule="taken-too-long")
 
 
 _AFTER_DEADLINE = {
@@ -307,6 +315,7 @@ def _dead(seen: Observation, info: DevInfo, past: History, policy: Policy, trait
     return (
         _in_transition(seen, past, now)
         or _in_use(seen, past, now)
+        or _open_unseen(past, now)
         or _grace(past, policy, now)
         or _paused(past, now)
         or _held(seen, past, policy, waits_for_ever=not (can_be_async or traits.delete_can_be_cancelled))
@@ -344,14 +353,27 @@ def _in_use(seen: Observation, past: History, now: float) -> Verdict | None:
         return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=1.0, rule="openers-unknown")
     if seen.usage.char_openers:
         opener = seen.usage.char_openers[0]
+        lasted = now - past.phase_since
+        if past.was_live and lasted >= SETTLING:
+            reason = f"DEAD for {_span(lasted)}; its id stays taken until {opener} closes its char device"
+            return Verdict(VerdictKind.PINNED, reason, Action.ALERT, look_again_in=5.0, rule="leaked-descriptor")
         doing = "not yet closed by" if past.was_live else "being set up by"
         reason = f"DEAD, {doing} {opener}, which has its char device open"
-        wait = _soon(now - past.phase_since, at_most=15.0)
+        wait = _soon(lasted, at_most=15.0)
         return Verdict(_on_its_way(past), reason, look_again_in=wait, rule="open")
     if seen.char_device is None:
         reason = f"DEAD, and its node is missing: mknod /dev/ublkc{seen.dev_id} c {_numbers(seen.identity.char_rdev)}"
         return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0, rule="node-missing")
     return None
+
+
+def _open_unseen(past: History, now: float) -> Verdict | None:
+    """Again and again the kernel says that somebody has it open, and no look finds anybody."""
+    if past.was_live or past.times_busy < 2 or now >= past.paused_until:  # noqa: PLR2004 - once is a file being closed
+        return None
+    reason = f"DEAD, never seen LIVE; {past.pause_reason}"
+    wait = past.paused_until - now
+    return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, wait, "open-unseen", "its grace begins anew")
 
 
 def _grace(past: History, policy: Policy, now: float) -> Verdict | None:
@@ -467,6 +489,7 @@ WHAT_WOULD_CHANGE_IT = {
     "being-started": "the disk's arrival, or START_DEV's failure",
     "stray-state": "START_DEV by its server; or its owner, who knows whether a server is behind it, deleting it",
     "taken": "the new server finishing the recovery, or letting go",
+    "taken-too-long": "that server finishing the recovery; or its end, and another one",
     "recovery-runs": "the device being served, or the end of the command or of its time",
     "deadline-open": "a new server: START_USER_RECOVERY and END_USER_RECOVERY",
     "deadline-over": 'a new server; unserved = "recover" or "delete" in the configuration',
@@ -484,6 +507,8 @@ WHAT_WOULD_CHANGE_IT = {
     "node-missing": "the node being made anew: its exclusive open is the lock for a deletion",
     "setup-grace": "its server opening it",
     "orphan-grace": "anybody opening it, or its server deleting it",
+    "open-unseen": "whoever has its char device open closing it, or starting the device; a look with CAP_SYS_PTRACE in the "
+    "host's pid namespace would name him",
     "paused": "the pause being over",
     "pinned": "the holder letting go: umount, swapoff, closing it",
     "deleted": "the last reference going",

@@ -23,7 +23,7 @@ import socket
 from typing import TYPE_CHECKING, Protocol
 
 import pyudev
-from inotify_simple import INotify, flags
+from inotify_simple import INotify, flags, parse_events
 
 from duende_ublkd.core.errors import DuendeError
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 RECEIVE_BUFFER = 8 << 20  # bytes; some 8,000 events. Grown as far as rmem_max where CAP_NET_ADMIN is missing
+_READ_AT_ONCE = 16 << 10  # bytes: a thousand events; whoever makes more of them waits for his turn
 _WATCHED = flags.OPEN | flags.CLOSE_WRITE | flags.CLOSE_NOWRITE | flags.ATTRIB
 _ACTIONS = frozenset({"add", "remove", "change", "move", "online", "offline", "bind", "unbind"})
 _NAME = re.compile(r"ublk[bc]([0-9]{1,7})(?:p[0-9]+)?")
@@ -195,7 +196,11 @@ class NodeWatch:
     def _on_readable(self) -> None:
         overflowed = False
         touched: dict[int, bool] = {}
-        for event in self._inotify.read(timeout=0):
+        try:
+            data = os.read(self._inotify.fileno(), _READ_AT_ONCE)
+        except BlockingIOError:
+            return
+        for event in parse_events(data):
             if event.mask & flags.Q_OVERFLOW:
                 overflowed = True
             elif event.wd in self._ids:
