@@ -420,11 +420,17 @@ def test_a_device_that_never_makes_up_its_mind_is_waited_for_up_to_the_limit(on_
         await bench.reconciler.run_pass(None)  # sees it LIVE, so that it has the shorter grace
         bench.kernel.kill(restless.openers[0])
 
-        def open_and_close() -> None:
-            bench.reconciler.note_opened(restless.dev_id)
-            loop.call_later(0.2, open_and_close)
+        stranger = bench.kernel.process()
 
-        open_and_close()
+        def open_it() -> None:
+            bench.kernel.open(restless, stranger)
+            loop.call_later(0.6, close_it)
+
+        def close_it() -> None:
+            bench.kernel.close(restless, stranger)
+            loop.call_later(0.1, open_it)
+
+        loop.call_later(0.1, open_it)
         began = loop.time()
         async with asyncio.timeout(10 * once.SETTLE_FOR):
             await once.settle(bench, {restless.dev_id}, act=True)
