@@ -1,4 +1,4 @@
-"""`check-config`: whether a file is right, which of its tables each device gets, and which one a device would get.
+"""`check-config`: whether a file is right, where alerts go, and which of its tables each device gets, or would get.
 
 Rules:
 1. The answer is the daemon's own: the same `policy_for`, asked with the same facts.
@@ -16,6 +16,7 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+from duende_ublkd.core import alertconfig
 from duende_ublkd.core.config import (
     COMM_BYTES,
     MAX_DEV_ID,
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace, default_path: str, devices: Sequence[tuple[
     """
     path = options.file or options.config or default_path
     try:
-        config = read_config(path)
+        config = read_config(path, with_web=True)
     except InvalidConfigError as error:
         if options.json:
             _say(json.dumps({"file": path, "ok": False, "problems": _problems(error)}, indent=2))
@@ -79,9 +80,11 @@ def run(options: argparse.Namespace, default_path: str, devices: Sequence[tuple[
     if options.json:
         found = [_as_object(facts, choice) for _, facts, choice in chosen]
         answer = {"file": path, "ok": True, "device_tables": tables, "devices": found, "note": note or None}
-        _say(json.dumps({**answer, "warnings": warnings}, indent=2))
+        _say(json.dumps({**answer, "alerts": _sinks(config), "warnings": warnings}, indent=2))
         return ExitCode.DONE
     _say(f"{printable(path)}: right" + (f", {tables} [[device]] table{'s' if tables > 1 else ''}" if tables else ""))
+    for sink in config.alerts:
+        _say(f"alerts of {sink}")
     for name, _, choice in chosen:
         _say(_in_full(name, choice) if is_question(options) else _in_short(name, choice))
     for warning in warnings:
@@ -92,7 +95,7 @@ def run(options: argparse.Namespace, default_path: str, devices: Sequence[tuple[
 
 
 def _warnings(config: Config) -> list[str]:
-    """One for each argument that names a file which others may change."""
+    """One for each argument that names a file which others may change, and for each secret that others may read."""
     policies = [(config.policy_source, config.policy), *((rule.source, rule.policy) for rule in config.devices)]
     found = {
         (policy.recover.command, index): f"{source}: recover.command[{index}]: {what}"
@@ -100,7 +103,18 @@ def _warnings(config: Config) -> list[str]:
         if policy.recover
         for index, what in doubtful_arguments(policy.recover)
     }
-    return [*reversed(found.values())]
+    commands = [
+        f"{sink.source}: command[{index}]: {what}" for sink in config.alerts for index, what in doubtful_arguments(sink)
+    ]
+    secrets = [f"{sink.source}: {key}: {what}" for sink in config.alerts for key, what in alertconfig.doubts(sink)]
+    return [*reversed(found.values()), *commands, *secrets]
+
+
+def _sinks(config: Config) -> list[dict[str, str]]:
+    """What may be shown of them: a URL may be a secret."""
+    return [
+        {"table": sink.source, "sink": sink.sink.value, "name": sink.name, "text": str(sink)} for sink in config.alerts
+    ]
 
 
 def _asked(

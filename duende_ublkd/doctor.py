@@ -216,7 +216,7 @@ async def _read_configuration(path: str | None) -> tuple[Config, list[Finding]]:
     """The configuration, or the defaults where it cannot be used, and what is to be said of it."""
     where = printable(path or DEFAULT_PATH)
     try:
-        config = await _in_a_thread(lambda: read_config(path), READ_FOR)
+        config = await _in_a_thread(lambda: read_config(path, with_web=True), READ_FOR)
     except ConfigError as error:
         problems = error.problems if isinstance(error, InvalidConfigError) else ()
         text = "; ".join(f"{problem} ({problem.hint})" for problem in problems) or str(error)

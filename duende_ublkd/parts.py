@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from duende_ublkd.core import config as configuration
 from duende_ublkd.core import recovery
 from duende_ublkd.core.errors import ConfigError, UsageError
 from duende_ublkd.core.text import printable
+from duende_ublkd.core.webconfig import MOST_FILE_BYTES
 from duende_ublkd.kernel import ownership
 from duende_ublkd.kernel.children import Children, Credentials, resolve_user
 from duende_ublkd.kernel.control import Control
@@ -28,24 +30,28 @@ from duende_ublkd.reconcile import Agenda, Reconciler
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from duende_ublkd.core.config import Config, Recovery
+    from duende_ublkd.core.config import Config, Recovery, SinkConfig
     from duende_ublkd.core.holds import Hold
     from duende_ublkd.core.model import Judged, PassReport
+    from duende_ublkd.core.webconfig import WebConfig
     from duende_ublkd.deeds import Reporter
 
 DEFAULT_PATH = "/etc/duende-ublkd/config.toml"
 FINISH_FOR = 1.5  # seconds for deeds under way when told to stop; what is left is the kernel's to finish
 
 
-def read_config(path: str | None) -> Config:
+def read_config(path: str | None, *, with_web: bool = False) -> Config:
     """The configuration at `path`; None: the default place, or the built-in defaults where that does not exist.
 
     Refused, as a ConfigError: what others may change, the commands in it included. It may wait for disks.
+    `with_web`: and who is let in by HTTP, which is nothing to a command that serves nobody.
     """
     where = path or DEFAULT_PATH
     try:
         config = configuration.load(_read_trusted(where), where, check=_check_command)
         _known_users.update(users_of(config))
+        if with_web and config.http.web_config_file:
+            config = replace(config, web=read_web(config.http.web_config_file))
         return config  # noqa: TRY300 - what else could fail is caught here on purpose
     except ownership.Doubt as doubt:
         what = printable(str(doubt), 1000)
@@ -58,8 +64,40 @@ def read_config(path: str | None) -> Config:
         raise configuration.unreadable(where, error) from error
 
 
-def _read_trusted(where: str) -> bytes:
-    """At most one byte more than a configuration may have. Doubt: others may change it; OSError."""
+def read_web(where: str) -> WebConfig:
+    """The web configuration file and the files that it names. ConfigError; it may wait for disks."""
+    from duende_ublkd.report import access, webfile  # noqa: PLC0415 - what they import is for those alone who serve with it
+
+    def read(name: str, is_secret: bool) -> bytes:  # noqa: FBT001 - as it is asked
+        path = str(Path(where).parent / name)
+        try:
+            found = _read_trusted(path, most=MOST_FILE_BYTES, is_secret=is_secret)
+        except ownership.Doubt as doubt:
+            raise configuration.WrongValueError(printable(str(doubt), 1000), hint=doubt.hint) from doubt
+        except OSError as error:
+            shown = printable(path)
+            what = f"{shown} cannot be read: {error.strerror or error}"
+            raise configuration.WrongValueError(what, hint=f"see what is wrong with it: ls -l {shown}") from error
+        if len(found) > MOST_FILE_BYTES:
+            what = f"{printable(path)} is larger than {MOST_FILE_BYTES // 1024} KiB"
+            raise configuration.WrongValueError(what, hint="name a file in PEM, without what nobody needs")
+        return found
+
+    try:
+        text = _read_trusted(where)
+        config = webfile.load(text, where, read)
+        if config.users:
+            ownership.check_secret(where, Path(where).stat())
+        access.check(config, where)
+    except ownership.Doubt as doubt:
+        raise configuration.refused(where, f"not believed: {printable(str(doubt), 1000)}", doubt.hint) from doubt
+    except OSError as error:
+        raise configuration.unreadable(where, error) from error
+    return config
+
+
+def _read_trusted(where: str, *, most: int = configuration.MAX_BYTES, is_secret: bool = False) -> bytes:
+    """At most one byte more than it may have. Doubt: others may change it, or read what is secret; OSError."""
     ownership.Trust().check(where)
     # O_NONBLOCK: of a FIFO nobody may ever open the other end.
     file = os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
@@ -69,24 +107,31 @@ def _read_trusted(where: str) -> bytes:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         if not stat.S_ISREG(mode):
             raise OSError(errno.EINVAL, "it is no regular file")
-        return reader.read(configuration.MAX_BYTES + 1)
+        if is_secret:
+            ownership.check_secret(where, os.fstat(file))
+        return reader.read(most + 1)
 
 
-def _check_command(rule: Recovery) -> None:
+def _check_command(rule: Recovery | SinkConfig) -> None:
     """WrongValueError: others may change the program. One that is not there, or not known yet, is for when it is run."""
-    if rule.command[0] == "{server}":
-        return
     try:
+        (program,) = _filled(rule, rule.command[:1])
         trust = _trust_of(rule)
-        program = configuration.fill(rule.command[:1], {})[0]
         trust.check(ownership.find(program, recovery.PATH))
+    except configuration.UnfilledError:
+        return
     except ownership.Doubt as doubt:
         raise configuration.WrongValueError(printable(str(doubt), 1000), hint=doubt.hint, part=0) from doubt
     except OSError:
         return  # it may be there later: on a disk that is not mounted yet, or not by this user's leave
 
 
-def _trust_of(rule: Recovery) -> ownership.Trust:
+def _filled(rule: Recovery | SinkConfig, parts: tuple[str, ...]) -> tuple[str, ...]:
+    """As far as they are known before there is a device; nothing is filled into what a sink runs. UnfilledError."""
+    return parts if isinstance(rule, configuration.SinkConfig) else configuration.fill(parts, {})
+
+
+def _trust_of(rule: Recovery | SinkConfig) -> ownership.Trust:
     """Who may change what this rule runs. One whose user is not known is refused elsewhere."""
     if rule.user is None:
         return ownership.Trust()
@@ -96,12 +141,12 @@ def _trust_of(rule: Recovery) -> ownership.Trust:
         return ownership.Trust()
 
 
-def doubtful_arguments(rule: Recovery) -> list[tuple[int, str]]:
+def doubtful_arguments(rule: Recovery | SinkConfig) -> list[tuple[int, str]]:
     """The arguments that name a file which others may change, perhaps a script: which, and what to do about it."""
     found = []
     for index, part in enumerate(rule.command[1:], 1):
         try:
-            (path,) = configuration.fill((part,), {})
+            (path,) = _filled(rule, (part,))
             if path.startswith("/") and stat.S_ISREG(Path(path).stat().st_mode):
                 _trust_of(rule).check(path)
         except ownership.Doubt as doubt:
@@ -116,14 +161,16 @@ _known_users: dict[str, Credentials] = {}
 
 
 def users_of(config: Config) -> dict[str, Credentials]:
-    """Who its recovery commands run as, looked up now: whoever is asked may be unreachable when a disk is."""
+    """Who its commands run as, looked up now: whoever is asked may be unreachable when a disk is."""
+    named = [("recover.user", policy.recover.user) for policy in config.policies() if policy.recover]
+    named += [(f"{sink.source}: user", sink.user) for sink in config.alerts]
     found = {}
-    for policy in config.policies():
-        if policy.recover and policy.recover.user:
-            try:
-                found[policy.recover.user] = resolve_user(policy.recover.user)
-            except UsageError as error:
-                raise ConfigError(f"recover.user: {error}", hint=error.hint) from error
+    for key, user in named:
+        try:
+            if user:
+                found[user] = resolve_user(user)
+        except UsageError as error:
+            raise ConfigError(f"{key}: {error}", hint=error.hint) from error
     return found
 
 

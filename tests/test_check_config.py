@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from duende_ublkd import check_config
 from duende_ublkd.core.config import DeviceFacts, InvalidConfigError, Policy, Recovery, load
-from duende_ublkd.core.errors import ExitCode, UsageError
+from duende_ublkd.core.errors import ConfigError, ExitCode, UsageError
 from duende_ublkd.core.model import Feature
 
 if TYPE_CHECKING:
@@ -102,6 +103,79 @@ def test_a_file_that_is_not_there_is_an_error(tmp_path: Path, capsys: Capture) -
         told(capsys, str(tmp_path / "x.toml"))
     with pytest.raises(InvalidConfigError, match="no such file"):
         told(capsys, default=str(tmp_path / "x.toml"))
+
+
+ALERTS = """[[alert]]
+sink = "webhook"
+name = "chat"
+url = "https://hooks.example.org/services/T0/secret"
+kinds = ["pinned", "wedged"]
+[[alert]]
+sink = "alertmanager"
+url = "http://192.0.2.7:9093"
+username = "duende"
+password_file = "/etc/duende-ublkd/password"
+severity = "info"
+[[alert]]
+sink = "command"
+command = ["/bin/true", "all"]
+user = "nobody"
+quiet_hours = "22:00-07:00"
+"""
+
+
+def test_each_sink_has_a_line_with_what_is_not_usual_and_without_a_secret(tmp_path: Path, capsys: Capture) -> None:
+    path = a_file(tmp_path, ALERTS)
+    assert told(capsys, path)[1:5] == [
+        'alerts of webhook "chat" to https://hooks.example.org/...: severity = warning, kinds = pinned, wedged',
+        "alerts of alertmanager to http://192.0.2.7:9093: severity = info",
+        "alerts of command to /bin/true all: severity = warning, quiet_hours = 22:00-07:00, user = nobody",
+        (
+            f"warning: alert[1] ({path}:6): username: what it proves can be read on the way to http://192.0.2.7:9093; "
+            "write https://..."
+        ),
+    ]
+    printed = answer(capsys, path)
+    assert [(each["sink"], each["name"]) for each in printed["alerts"]] == [
+        ("webhook", "chat"),
+        ("alertmanager", "alertmanager"),
+        ("command", "command"),
+    ]
+    assert "secret" not in json.dumps(printed)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives a file away")
+def test_the_command_of_a_sink_is_looked_at_as_that_of_a_recovery(tmp_path: Path, capsys: Capture) -> None:
+    program, script = tmp_path / "tell", tmp_path / "script"
+    for file in (program, script):
+        file.write_text("#!/bin/sh\n")
+        file.chmod(0o755)
+    text = f'[[alert]]\nsink = "command"\ncommand = ["{program}", "{script}"]\n'
+    script.chmod(0o777)
+    assert told(capsys, a_file(tmp_path, text))[2].startswith(
+        f"warning: alert[0] ({tmp_path}/config.toml:1): command[1]: {script} can be written by others"
+    )
+    program.chmod(0o777)
+    with pytest.raises(
+        InvalidConfigError, match=r"alert\[0\]\.command\[0\]: .*tell can be written by others"
+    ) as caught:
+        told(capsys, a_file(tmp_path, text))
+    assert caught.value.hint == f"chmod go-w {program}"
+    with pytest.raises(ConfigError, match=r"alert\[0\] .*: user: .*nobody-here") as unknown:
+        told(capsys, a_file(tmp_path, '[[alert]]\nsink = "command"\ncommand = ["true"]\nuser = "nobody-here"\n'))
+    assert unknown.value.hint
+
+
+def test_a_web_configuration_file_is_part_of_whether_a_file_is_right(tmp_path: Path, capsys: Capture) -> None:
+    web = tmp_path / "web.yml"
+    path = a_file(tmp_path, f'[http]\nweb_config_file = "{web}"\n')
+    with pytest.raises(InvalidConfigError, match=r"web\.yml: no such file"):
+        told(capsys, path)
+    web.write_text("http_server_config:\n  headers:\n    X-Frame-Options: allow\n")
+    with pytest.raises(InvalidConfigError, match=r"web\.yml:3: http_server_config\.headers\.X-Frame-Options: "):
+        told(capsys, path)
+    web.write_text("http_server_config: {headers: {X-Frame-Options: deny}}\n")
+    assert told(capsys, path)[0] == f"{path}: right"
 
 
 # --- devices that are there
@@ -278,6 +352,7 @@ def test_json_says_the_same_of_devices_that_are_there(tmp_path: Path, capsys: Ca
             }
         ],
         "note": None,
+        "alerts": [],
         "warnings": [],
     }
 

@@ -13,11 +13,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from duende_ublkd.core.alertconfig import SinkConfig, SinkKind, keys_of, usual_rate
+from duende_ublkd.core.alerting import AlertKind
 from duende_ublkd.core.config import (
     MAX_BYTES,
-    MOST_CHARACTERS,
-    MOST_PARTS,
-    PLACEHOLDERS,
     SECTIONS,
     Address,
     Config,
@@ -37,16 +36,14 @@ from duende_ublkd.core.config import (
     WrongValueError,
     duration_text,
     fill,
-    key_lines,
     load,
     parse_duration,
-    parse_size,
-    schema,
-    size_text,
     unreadable,
 )
 from duende_ublkd.core.errors import ConfigError, DuendeError, ExitCode
+from duende_ublkd.core.keylines import key_lines
 from duende_ublkd.core.model import Feature
+from duende_ublkd.core.values import MOST_CHARACTERS, MOST_PARTS, PLACEHOLDERS, parse_size, schema, size_text
 
 ANNOTATED = Path(__file__).parent.parent / "config" / "duende-ublkd.toml"
 COMMAND = ("ublk", "recover", "-n", "{id}")
@@ -96,6 +93,29 @@ def test_the_annotated_file_shows_every_key() -> None:
         assert set(examples[name]) == set(schema(record))
     assert set(examples["policy"]["recover"]) == set(schema(Recovery))
     assert {key for table in examples["device"] for key in table.get("match", {})} == set(schema(Match))
+    assert {key for table in examples["alert"] for key in table} == set(keys_of(None))
+    assert {table["sink"] for table in examples["alert"]} == {sink.value for sink in SinkKind}
+
+
+def test_the_annotated_alerts_load_and_show_the_defaults() -> None:
+    shown = {sink.sink: sink for sink in a_config(with_examples()).alerts}
+    webhook, alertmanager, mail = (shown[kind] for kind in (SinkKind.WEBHOOK, SinkKind.ALERTMANAGER, SinkKind.MAIL))
+    usual = SinkConfig(SinkKind.WEBHOOK, "webhook", rate_limit=usual_rate(SinkKind.WEBHOOK))
+    for key in ("name", "severity", "timeout", "rate_limit", "reminder"):
+        assert getattr(webhook, key) == getattr(usual, key)
+    assert alertmanager.resend == usual.resend
+    assert mail.tls is usual.tls
+
+
+def test_every_kind_of_alert_stands_in_the_annotated_file_with_its_severity() -> None:
+    (text,) = re.findall(r"There are: (.*?)\.\n", ANNOTATED.read_text().replace("\n# ", " "), flags=re.DOTALL)
+    told = {
+        name: severity
+        for names, severity in re.findall(r"([a-z, -]+) \((\w+)\)", text)
+        for name in re.findall("[a-z-]+", names)
+    }
+    kinds = {kind.value: kind.severity.value for kind in AlertKind if kind is not AlertKind.TEST}
+    assert told == kinds
 
 
 def with_examples() -> str:
@@ -692,7 +712,10 @@ def test_a_wrong_value_is_explained(line: str, what: str, hint: str) -> None:
         ("[daemon]\norphan_grace = '1s'", "2: daemon.orphan_grace: unknown key", "belongs to [policy] or [[device]]"),
         ("[[device]]\n\nids = '1'", "3: device[0].ids: unknown key", "it belongs to match = {"),
         ("[[device]]\n[device.match]\nsrver = 'x'", "3: device[0].match.srver: unknown key", '"server"?'),
-        ("[[alert]]\nsink = 'mail'", "1: alert: this version writes alerts to the log only", "remove [[alert]]"),
+        ("[alert]\nsink = 'mail'", "1: alert: must be tables of the form [[alert]], not a table", "write [[alert]]"),
+        ("http.url = ''", "1: http.url: unknown key", "it belongs to [[alert]]"),
+        ("http = { listen = '', web_config_file = '/x' }", "1: http.web_config_file: does nothing", "remove one"),
+        ("http.web_config_file = 'x'", '1: http.web_config_file: "x" is not an absolute path', "write it as"),
         ("[[device]]\nflags = ['ZONED']", "2: device[0].flags: unknown key", "it belongs to match = {"),
         ("[policy]\ncommand = ['x']", "2: policy.command: unknown key", "it belongs to recover = {"),
         ("[daemon]\nrecover = {}", "2: daemon.recover: unknown key", "it belongs to [policy] or [[device]]"),
@@ -1144,6 +1167,19 @@ listen = "[::1]:10116"
 [journal]
 keep = "90d"
 max_size = "64MiB"
+[[alert]]
+sink = "alertmanager"
+urls = ["http://127.0.0.1:9093"]
+labels = { cluster = "berlin" }
+[[alert]]
+sink = "mail"
+to = ["a@example.org"]
+from = "b@example.org"
+server = "localhost:25"
+tls = "none"
+kinds = ["!cleaned"]
+rate_limit = "20/1h"
+quiet_hours = "22:00-07:00"
 """
 PIECES = [
     *(bytes([sign]) for sign in b"[]{}=.,\"'#\n\r\x00\\-_09a \t\xef"),

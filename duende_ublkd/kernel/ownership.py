@@ -156,6 +156,14 @@ def check_owner(path: str, status: os.stat_result) -> None:
         raise Doubt(f"{path} has another name somewhere", f"rm {_typed(path)}")
 
 
+def check_secret(path: str, status: os.stat_result) -> None:
+    """Doubt: everybody can read it. Its group may: that is how a secret is shared with those who renew it."""
+    if status.st_mode & stat.S_IROTH:
+        raise Doubt(
+            f"{path} can be read by everybody (mode {stat.S_IMODE(status.st_mode):04o})", f"chmod o-r {_typed(path)}"
+        )
+
+
 def _typed(path: str) -> str:
     """As a shell takes it: who chose the name may have hoped that somebody types it."""
     return path if _PLAIN.issuperset(path) else "'" + path.replace("'", "'\"'\"'") + "'"
