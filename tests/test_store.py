@@ -445,7 +445,6 @@ def test_a_directory_that_is_not_where_it_seems_or_that_others_can_replace_is_re
 
     async def scenario(directory: str) -> None:
         async with opened(Path(directory), heard, within=0.5) as store:
-            store._arguments = (directory, *store._arguments[1:])
             assert why in store.stats.trouble
 
     run(opened_and_closed(state))

@@ -1,10 +1,8 @@
 """The journal's daemon side: what happened, kept in memory at once and on disk as soon as the disk takes it.
 
 Rules:
-1. Nothing here waits for the disk: it is a child's (writer.py), which may hang, die, or answer with trouble. There is
-   never a second one beside one that hangs. This process never opens the journal's directory, and executes a writer
-   itself only at its start: whoever executes a program waits for the disk that it is on. Later ones are `spawn`'s to
-   start, and known by their socket alone: the kernel says who sent their first message, and its end means their end.
+1. Nothing here waits for the disk: it is a child's (writer.py, kept as apart.py says), which may hang, die, or answer with
+   trouble. This process never opens the journal's directory.
 2. Everything is bounded: the tail that is kept for readers, what waits to be written, the state, and each event. What is
    lost is counted, told, and, when the disk takes writes again, itself an event.
 3. An event's seq is microseconds since the epoch, made strictly increasing, so that it needs no disk to be given. It makes
@@ -18,16 +16,9 @@ from __future__ import annotations
 import asyncio
 import bisect
 import contextlib
-import errno
 import itertools
 import json
 import math
-import os
-import select
-import signal
-import socket
-import struct
-import subprocess
 import sys
 import time
 from collections import deque
@@ -38,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from duende_ublkd.core.errors import DuendeError
 from duende_ublkd.core.model import Event, EventKind, Level
 from duende_ublkd.core.text import printable
+from duende_ublkd.report.apart import LOOK_AT_THE_DEAD, Apart
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Sequence
@@ -59,13 +51,8 @@ _LATEST = 253_402_300_799.0  # 9999-12-31T23:59:59Z: later, nobody can write it 
 _BATCH = 100
 _BATCH_BYTES = 60 << 10
 _FRAME = 200  # bytes of a batch that are neither event nor state
-_PACKET = 64 << 10
-_PACKETS_AT_ONCE = 16
 _READS = 8  # unanswered ones; a hung disk would gather more without end
 _LONGEST_PAUSE = 30.0
-_LOOK_AT_THE_DEAD = 0.05  # seconds from a writer's socket closing to its status being there, generously
-_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
-_SCM_CREDENTIALS = 2  # the socket module has no name for it
 _PROGRAM = Path(__file__).with_name("writer.py")
 
 NO_ANSWER = "the journal's disk does not answer"
@@ -115,94 +102,6 @@ class _Asked:
     rows: list[list[Any]] = field(default_factory=list)
 
 
-_left_behind: list[subprocess.Popen[bytes]] = []
-"""Writers that hang. Nobody waits for them, and a Popen that is collected before its child has ended complains."""
-
-
-class _Process:
-    """The writer as a process: a child of ours, or, without a Popen, of somebody else's."""
-
-    def __init__(self, popen: subprocess.Popen[bytes] | None) -> None:
-        self.popen = popen
-        self.pid = popen.pid if popen else None
-        self._pidfd = -1
-
-    def is_of(self, pid: int) -> None:
-        """The first message told who it is. One that has ended meanwhile stays unknown."""
-        if self.pid is None:
-            with contextlib.suppress(OSError):
-                self._pidfd = os.pidfd_open(pid)
-                self.pid = pid
-
-    def has_ended(self) -> bool:
-        """Whether nothing of it runs any more; asked when its socket is closed, which is all that an unknown one has."""
-        if self.popen:
-            return self.popen.poll() is not None
-        return self._pidfd < 0 or bool(select.select([self._pidfd], [], [], 0)[0])
-
-    @property
-    def how_it_ended(self) -> str:
-        """In brackets; empty: nobody can tell."""
-        status = self.popen.poll() if self.popen else None
-        if status is None:
-            return ""
-        return f" (killed by signal {-status})" if status < 0 else f" (exit status {status})"
-
-    def kill(self) -> None:
-        """A child of somebody else's is killed by its pidfd, which never means another."""
-        if self.popen:
-            self.popen.kill()
-        elif self._pidfd >= 0:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-
-    def forget(self) -> None:
-        """Nobody asks any more."""
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
-        if self.popen and self.popen.poll() is None:
-            _left_behind.append(self.popen)
-
-
-class _Writer:
-    """The program and the socket to it. Raises OSError or DuendeError when it cannot be started."""
-
-    def __init__(
-        self, arguments: Iterable[str], spawn: Callable[[Sequence[str], int], subprocess.Popen[bytes] | None]
-    ) -> None:
-        self.socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            try:
-                self.socket.setblocking(False)
-                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-                popen = spawn([sys.executable, "-I", "-S", str(_PROGRAM), *arguments], theirs.fileno())
-            except BaseException:
-                self.socket.close()
-                raise
-        self.process = _Process(popen)
-        with contextlib.suppress(OSError):  # a packet fits the default, unless somebody has lowered it
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * _PACKET)
-
-    def receive(self) -> bytes:
-        """The next packet; empty: the writer has closed its end. OSError, BlockingIOError among them."""
-        packet, told, _, _ = self.socket.recvmsg(_PACKET, socket.CMSG_SPACE(_CREDENTIALS.size))
-        for level, kind, data in told if packet else ():
-            if (level, kind) == (socket.SOL_SOCKET, _SCM_CREDENTIALS):
-                self.process.is_of(_CREDENTIALS.unpack(data)[0])
-        return packet
-
-
-def _execute(argv: Sequence[str], stdin: int) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(  # noqa: S603 - our own file
-        argv,
-        stdin=stdin,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,  # not ours: whoever reads it may wait for the last one who has it open
-        cwd="/",
-    )
-
-
 class Store:
     """The journal as the daemon has it. To be used in one event loop."""
 
@@ -223,16 +122,19 @@ class Store:
 
         `spawn(argv, stdin)`: starts every writer but the first, and never waits; OSError or DuendeError: it cannot.
         """
-        self._arguments = (directory, str(max_age), str(max_bytes))
-        self._directory = directory
         self._on_trouble = on_trouble
         self._on_recovered = on_recovered
         self._clock = clock
         self._answer_within = answer_within
         self._first_pause = first_pause
-        self._spawn = spawn
-        self._was_started = False
         self._loop = asyncio.get_running_loop()
+        self._writer = Apart(
+            [sys.executable, "-I", "-S", str(_PROGRAM), directory, str(max_age), str(max_bytes)],
+            on_packet=self._take,
+            on_end=self._note_end,
+            spawn=spawn,
+            pause=first_pause,
+        )
         self._opened = False
         self._tail: deque[Record] = deque(maxlen=TAIL)
         self._appended = 0
@@ -250,11 +152,7 @@ class Store:
         self._lost = 0  # dropped since the last time that all was well
         self._trouble = ""
         self._trouble_since = 0.0
-        self._writer: _Writer | None = None
-        self._dying: _Process | None = None
         self._is_open = False
-        self._outbox: deque[bytes] = deque()
-        self._is_full = False  # the socket; the loop says when it no longer is
         self._flight: _Flight | None = None
         self._overdue = False
         self._reads: dict[int, _Asked] = {}
@@ -276,7 +174,7 @@ class Store:
     @property
     def writer_pid(self) -> int | None:
         """The writer's, while there is one and, of one that was spawned, since its first message."""
-        return self._writer.process.pid if self._writer else None
+        return self._writer.pid
 
     # --- the life of it ---------------------------------------------------------------------------------------------
 
@@ -316,10 +214,8 @@ class Store:
         for timer in (self._retry, self._deadline):
             if timer:
                 timer.cancel()
-        self._forget_writer()
-        _left_behind[:] = [popen for popen in _left_behind if popen.poll() is None]
-        if self._dying:
-            self._dying.forget()
+        self._forget_asked()
+        self._writer.close()
         self._wake()
 
     async def _finish(self) -> None:
@@ -335,18 +231,18 @@ class Store:
             while self._has_work() and self._retry is None:
                 changed.clear()
                 await changed.wait()
-            if self._writer and not self._overdue:
-                self._writer.socket.shutdown(socket.SHUT_WR)
-            while self._writer:
+            if not self._overdue:
+                self._writer.finish()
+            while self._writer.is_there:
                 changed.clear()
                 await changed.wait()
-            while self._dying and not self._dying.has_ended():  # noqa: ASYNC110 - it has closed its socket, so it ends
-                await asyncio.sleep(_LOOK_AT_THE_DEAD / 10)
+            while not self._writer.has_ended:  # noqa: ASYNC110 - it has closed its socket, so it ends
+                await asyncio.sleep(LOOK_AT_THE_DEAD / 10)
         finally:
             self._changed.discard(changed)
 
     def _has_work(self) -> bool:
-        return bool(self._waiting or self._unsaved or self._flight or self._outbox)
+        return bool(self._waiting or self._unsaved or self._flight or self._writer.has_unsent)
 
     def _wake(self) -> None:
         for each in self._changed:
@@ -498,7 +394,7 @@ class Store:
         self._pumping = False
         if self._flight or self._retry or self._closed or not self._opened:
             return
-        if self._writer is None and not self._start_writer():
+        if not self._writer.is_there and not self._start_writer():
             return
         if not self._is_open:
             self._ask_for(_Flight(next(self._numbers), opens=True), {"do": "open"})
@@ -531,70 +427,23 @@ class Store:
         self._send(request if isinstance(request, str) else {"id": flight.number, **request})
 
     def _start_writer(self) -> bool:
-        """Unless the last one has not ended yet."""
-        if self._dying and not self._dying.has_ended():
-            self._fail("the journal's writer hangs while it ends")
-            return False
-        if self._dying:
-            self._dying.forget()
-            self._dying = None
-        is_first, self._was_started = not self._was_started, True
         try:
-            self._writer = _Writer(self._arguments, _execute if is_first or self._spawn is None else self._spawn)
-        except (OSError, DuendeError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
-            self._fail(f"the journal's writer cannot be started: {why}")
+            self._writer.start()
+        except DuendeError as error:
+            self._fail(f"the journal's writer {error}")
             return False
-        self._loop.add_reader(self._writer.socket, self._on_readable)
         return True
 
     def _send(self, request: dict[str, Any] | str) -> None:
         text = request if isinstance(request, str) else json.dumps(request)
-        self._outbox.append(text.encode())
-        self._flush()
-
-    def _flush(self) -> None:
-        if self._writer is None:
-            return
-        try:
-            while self._outbox:
-                self._writer.socket.send(self._outbox[0])
-                self._outbox.popleft()
-        except BlockingIOError:
-            self._loop.add_writer(self._writer.socket, self._flush)
-            self._is_full = True
-            return
-        except OSError as error:
-            if error.errno in (errno.ENOBUFS, errno.ENOMEM):
-                self._loop.call_later(self._first_pause, self._flush)
-            return  # else it has ended, and the reading side hears of that
-        if self._is_full:
-            self._loop.remove_writer(self._writer.socket)
-            self._is_full = False
-
-    def _on_readable(self) -> None:
-        for _ in range(_PACKETS_AT_ONCE):
-            if self._writer is None:
-                return
-            try:
-                packet = self._writer.receive()
-            except BlockingIOError:
-                return
-            except ConnectionError:
-                continue  # told once, and before what was said before the end: who it is may be among that
-            except OSError:
-                packet = b""
-            if not packet:
-                self._note_end()
-                return
-            self._take(packet)
+        self._writer.send(text.encode())
 
     def _take(self, packet: bytes) -> None:
         try:
             answer = json.loads(packet)
             number = answer["id"]
-        except (ValueError, TypeError, KeyError):
-            self._kill_writer()  # what it says cannot be understood: another one may be
+        except (ValueError, TypeError, KeyError, RecursionError):
+            self._writer.kill()  # what it says cannot be understood: another one may be
             return
         if asked := self._reads.get(number):
             asked.rows += answer.get("rows", ())
@@ -705,35 +554,21 @@ class Store:
             self._deadline.cancel()
             self._deadline = None
 
-    def _kill_writer(self) -> None:
-        """Its end is noticed as any other's. One that cannot be killed ends when it reads that nothing will come."""
-        if self._writer:
-            self._writer.process.kill()
-            with contextlib.suppress(OSError):  # it has ended already
-                self._writer.socket.shutdown(socket.SHUT_WR)
-
     def _note_end(self) -> None:
         """The writer has ended. What it has not answered waits still, and is sent to the next one."""
-        self._forget_writer()
+        self._forget_asked()
         self._end_flight()
         if not self._closing:
-            self._loop.call_later(_LOOK_AT_THE_DEAD, self._tell_end)
+            self._loop.call_later(LOOK_AT_THE_DEAD, self._tell_end)
         self._try_later()
 
     def _tell_end(self) -> None:
         if self._closed:
             return
-        how = self._dying.how_it_ended if self._dying else ""
-        self._say(f"the journal's writer ended{how}; another one is started")
+        self._say(f"the journal's writer ended{self._writer.how_it_ended}; another one is started")
 
-    def _forget_writer(self) -> None:
-        if self._writer:
-            self._loop.remove_reader(self._writer.socket)
-            self._loop.remove_writer(self._writer.socket)
-            self._writer.socket.close()
-            self._dying, self._writer = self._writer.process, None
-        self._is_open = self._is_full = False
-        self._outbox.clear()
+    def _forget_asked(self) -> None:
+        self._is_open = False
         for asked in self._reads.values():
             if not asked.answer.done():
                 asked.answer.set_result("the journal's writer ended")
