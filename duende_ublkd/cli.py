@@ -16,7 +16,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
-from duende_ublkd import __version__, check_config, planned
+from duende_ublkd import __version__, check_config, planned, trial
 from duende_ublkd.core.config import MAX_DEV_ID, Config
 from duende_ublkd.core.errors import DuendeError, ExitCode, UsageError
 from duende_ublkd.core.model import Outcome
@@ -62,7 +62,7 @@ def run(arguments: Sequence[str]) -> ExitCode:
         return planned.run(options)
     if command == "clean" and options.now and not options.ids:
         raise UsageError("--now takes the ids that are your own", hint="duende-ublkd clean --now 3")
-    config = read_config(options.config)
+    config = read_config(options.config, with_web=command == "run")
     if getattr(options, "dry_run", False):
         config = replace(config, daemon=replace(config.daemon, dry_run=True))
     if command == "run":
@@ -127,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         "--now", action="store_true", help="the IDs are my own: skip their grace, but no other check", dest="now"
     )
     planned.add_commands(commands, common, reader, changer, _device)
+    trial.add_command(commands, common, reader, changer)
     check = commands.add_parser(
         "check-config", parents=[common, reader], help="is this configuration right, and which table does a device get?"
     )
@@ -165,7 +166,11 @@ def _doctor(options: argparse.Namespace) -> ExitCode:
     return doctor.run(options)
 
 
-_BY_THEMSELVES = {"check-config": _check_config, "doctor": _doctor}  # they say what is wrong with a configuration
+_BY_THEMSELVES = {  # they read a configuration themselves, or say what is wrong with it
+    "check-config": _check_config,
+    "doctor": _doctor,
+    trial.COMMAND: trial.run,
+}
 
 
 async def _look(config: Config, dev_id: int | None) -> list[present.Explanation]:

@@ -76,9 +76,9 @@ class DaemonClient:
         status, data = self._exchange("GET", path, None, trusted=trusted)
         return status, data.decode(errors="replace")
 
-    def post(self, path: str, body: Mapping[str, object]) -> Any:  # noqa: ANN401 - JSON
-        """Have something changed; raises as `get` does, and NotAllowedError."""
-        return self._ask("POST", path, json.dumps(body).encode())
+    def post(self, path: str, body: Mapping[str, object], *, answer_within: float = _ANSWER_FOR) -> Any:  # noqa: ANN401 - JSON
+        """Have something done; raises as `get` does, and NotAllowedError."""
+        return self._ask("POST", path, json.dumps(body).encode(), answer_within=answer_within)
 
     def follow(self, path: str) -> Iterator[dict[str, Any] | None]:
         """Objects as they come, and None now and then while none does, until the daemon ends."""
@@ -96,14 +96,24 @@ class DaemonClient:
         finally:
             connection.close()
 
-    def _ask(self, method: str, path: str, body: bytes | None, *, trusted: bool = False) -> Any:  # noqa: ANN401 - JSON
-        status, data = self._exchange(method, path, body, trusted=trusted)
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        *,
+        trusted: bool = False,
+        answer_within: float = _ANSWER_FOR,
+    ) -> Any:  # noqa: ANN401 - JSON
+        status, data = self._exchange(method, path, body, trusted=trusted, answer_within=answer_within)
         if status != http.client.OK:
             _raise_error(status, data)
         return _parse(data)
 
-    def _exchange(self, method: str, path: str, body: bytes | None, *, trusted: bool) -> tuple[int, bytes]:
-        connection = _UnixConnection(self._path, _ANSWER_FOR)
+    def _exchange(
+        self, method: str, path: str, body: bytes | None, *, trusted: bool, answer_within: float = _ANSWER_FOR
+    ) -> tuple[int, bytes]:
+        connection = _UnixConnection(self._path, answer_within)
         try:
             if trusted:
                 connection.connect()

@@ -1,4 +1,4 @@
-"""What outlives the daemon: the journal, each device's age and attempts, and the holds.
+"""What outlives the daemon: the journal, each device's age and attempts, the holds, and the alerts.
 
 Rules:
 1. Nothing here is waited for. The journal is written by a child; what it cannot write waits in memory, bounded.
@@ -10,6 +10,8 @@ Rules:
 
 from __future__ import annotations
 
+import asyncio
+import math
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ from duende_ublkd.core.holds import LONGEST_TIME, MOST_TEXT, Hold, Holds, NotAll
 from duende_ublkd.core.model import EventKind, Level
 from duende_ublkd.core.text import printable
 from duende_ublkd.kernel import holdfile, runfile
+from duende_ublkd.report.alerts.desk import Desk
 from duende_ublkd.report.journal import Journal
 from duende_ublkd.report.store import Store
 
@@ -28,11 +31,14 @@ if TYPE_CHECKING:
     from duende_ublkd.core.config import Config
     from duende_ublkd.core.model import Judged, PassReport, Process
     from duende_ublkd.reconcile import Reconciler
+    from duende_ublkd.report.alerts.sending import Deliverer
 
 _READ_FOR = 10.0
 """Seconds until a silent disk is trouble, and that the first look waits for what a former daemon knew; a cold start takes a
 few of them."""
 _HOLDS = "holds"
+_JOURNAL = "journal"  # what the daemon is degraded by, as the following
+_RUN_DIRECTORY = "run-directory"
 _DEVICE = "device/"
 _PACE = 1.0  # seconds between two changes of one user who is not root: each is an entry of a bounded journal
 
@@ -46,15 +52,19 @@ class Lasting:
         directory: str,
         spawn: Callable[[Sequence[str], int], None],
         watch_former: Callable[[int, Process], bool],
+        deliverer: Deliverer,
     ) -> None:
         """`directory`: the run directory. `spawn(argv, stdin)`: starts a program, and waits for no disk.
 
-        `watch_former(dev_id, hand)`: whether a child of a former daemon is still about to stop a device.
+        `watch_former(dev_id, hand)`: whether a child of a former daemon is still about to stop a device. `deliverer`: who
+        brings alerts to the sinks.
         """
         self._directory = directory
         self._boot_id = holdfile.boot_id()
         self._reconciler: Reconciler | None = None
         self._watch_former = watch_former
+        self._alerts = config.alerts
+        self._late: asyncio.Task[None] | None = None
         self._is_run_directory_sick = False
         self._paces: dict[int, float] = {}  # uid -> its last change, of those who are not root
         self.store = Store(
@@ -67,12 +77,20 @@ class Lasting:
             answer_within=_READ_FOR,
         )
         self.journal = Journal(self.store.append)
+        self.desk = Desk(self.journal, self.store.save, deliverer, boot_id=self._boot_id, instance_of=self._instance_of)
+
+    def _instance_of(self, device: Judged) -> int | None:
+        """Also of one that is deleted and has lost its sysfs entry: it is still the one that it was."""
+        inode = device.seen.identity.sysfs_inode
+        history = self._the_reconciler.ledger.get(device.seen.dev_id) if inode is None else None
+        return history.identity.sysfs_inode if history else inode
 
     async def restore(self, reconciler: Reconciler) -> None:
         """Start the journal, and go on from what it has kept."""
         self._reconciler = reconciler
         reconciler.ledger.keep = self._save_device
         saved = await self.store.open(_READ_FOR)
+        self._restore_alerts(saved)
         devices = {key: value for key, value in saved.items() if key.startswith(_DEVICE)}
         records, doubts = runfile.load_records(self._directory)
         for doubt in doubts:
@@ -83,6 +101,30 @@ class Lasting:
         reconciler.holds = self._restore_holds(saved.get(_HOLDS))
         for hold in reconciler.holds.all():
             reconciler.hold(hold)
+
+    def _restore_alerts(self, saved: Mapping[str, Any]) -> None:
+        """Where the disk is silent they are told again, until it is known what a former daemon has told of them."""
+        self.desk.restore(saved)
+        self.desk.configure(self._alerts)
+        if self.store.stats.trouble:
+            self._late = asyncio.ensure_future(self._restore_alerts_later())
+        else:
+            self.desk.degraded(_JOURNAL, None)
+
+    async def _restore_alerts_later(self) -> None:
+        self.desk.restore(await self.store.open(math.inf))
+
+    def take(self, config: Config) -> None:
+        """Tell the sinks of this configuration from now on."""
+        self._alerts = config.alerts
+        self.desk.configure(config.alerts)
+
+    async def close(self, deadline: float) -> None:
+        """Nobody is told of anything any more; what is not written yet has so many seconds."""
+        self.desk.close()
+        if self._late:
+            self._late.cancel()
+        await self.store.close(deadline)
 
     def _restore_device(self, reconciler: Reconciler, key: str, value: Any) -> None:  # noqa: ANN401 - JSON
         number = key.removeprefix(_DEVICE)
@@ -137,11 +179,13 @@ class Lasting:
     def intends(self, device: Judged) -> None:
         """Before something is done: the journal has it, and the attempt counts, whatever becomes of this daemon."""
         self.journal.intends(device)
+        self.desk.intends(device)
         self._save_device(device.seen.dev_id)
 
     def passed(self, report: PassReport) -> None:
         """After a pass or a deed."""
         self.journal.passed(report)
+        self.desk.passed(report)
         for dev_id in {
             *(device.seen.dev_id for device in (*report.changed, *report.gone)),
             *(deed.dev_id for deed in report.deeds),
@@ -224,6 +268,9 @@ class Lasting:
         except OSError as error:
             why = f"the holds cannot be written to {self._directory}: {error.strerror}"
             self._note(Level.ERROR, f"{why}; they last as long as this daemon, or as the journal has them")
+            self.desk.degraded(_HOLDS, why)
+        else:
+            self.desk.degraded(_HOLDS, None)
 
     def _save_device(self, dev_id: int) -> None:
         record = self._the_reconciler.ledger.to_record(dev_id)
@@ -234,11 +281,14 @@ class Lasting:
         try:
             runfile.save_record(self._directory, dev_id, record)
         except OSError as error:
+            why = f"nothing can be kept in {self._directory}: {error.strerror}"
             if not self._is_run_directory_sick:
-                self._note(Level.ERROR, f"nothing can be kept in {self._directory}: {error.strerror}")
+                self._note(Level.ERROR, why)
             self._is_run_directory_sick = True
+            self.desk.degraded(_RUN_DIRECTORY, why)
         else:
             self._is_run_directory_sick = False
+            self.desk.degraded(_RUN_DIRECTORY, None)
 
     @property
     def _the_reconciler(self) -> Reconciler:
@@ -249,8 +299,10 @@ class Lasting:
 
     def _on_trouble(self, sentence: str) -> None:
         self._note(Level.ERROR, f"{sentence}; what happens meanwhile is kept in memory, as far as it fits")
+        self.desk.degraded(_JOURNAL, f"the journal: {sentence}")
 
     def _on_recovered(self, lost: int) -> None:
+        self.desk.degraded(_JOURNAL, None)
         gap = f"; {lost} events are lost" if lost else "; nothing is lost"
         self._note(Level.INFO, f"the journal is written again{gap}")
 

@@ -122,7 +122,7 @@ def check_everywhere(device: Judged) -> None:
     metrics = Metrics()
     metrics.passed(a_report(device))
     samples = metrics.render().decode().splitlines()
-    assert all(line.isprintable() and line.startswith(("#", "duende_ublkd_")) for line in samples)
+    assert all(line.isprintable() and line.startswith(("#", "duende_ublkd_", "process_")) for line in samples)
     assert sum(line.startswith("duende_ublkd_device_info{") for line in samples) == 1
     assert max(map(len, samples)) < 1000
     table = present.table([device], 100).split("\n")

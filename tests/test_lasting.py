@@ -5,30 +5,49 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from duende_ublkd.core.alertconfig import SinkConfig, SinkKind
 from duende_ublkd.core.config import Config, DaemonConfig
 from duende_ublkd.kernel.children import Children, _process_named
 from duende_ublkd.lasting import Lasting
 from duende_ublkd.reconcile import Agenda, Reconciler
+from duende_ublkd.report.alerts.answer import Answer
 from tests.bench import Recorder
 from tests.fake_kernel import FakeKernel
 from tests.test_ledger import QUIESCED, TRIED, live
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from duende_ublkd.core.ledger import History
     from duende_ublkd.core.model import Process
 
 PATIENCE = 10.0
+SINK = SinkConfig(SinkKind.WEBHOOK, "hook", url="http://127.0.0.1:1")
 DEV_ID = 3
+
+
+class Post:
+    """Who brings alerts to sinks that take everything."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, str]] = []
+
+    def configure(self, sinks: Sequence[SinkConfig]) -> None:
+        self.sinks = sinks
+
+    def deliver(self, _sink: str, notices: Sequence[Mapping[str, Any]], done: Callable[[Answer], None]) -> None:
+        self.told += [(notice["key"], notice["state"]) for notice in notices]
+        asyncio.get_running_loop().call_soon(done, Answer(ok=True, permanent=False, detail="", seconds=0.0))
 
 
 class Daemon:
@@ -36,10 +55,11 @@ class Daemon:
 
     def __init__(self, place: Path) -> None:
         loop = asyncio.get_running_loop()
-        config = Config(daemon=DaemonConfig(state_dir=str(place / "state")))
+        self.post = Post()
+        config = Config(daemon=DaemonConfig(state_dir=str(place / "state")), alerts=(SINK,))
         self.children = Children(on_late=lambda name, dev_id, _: self.reconciler.note_answer(dev_id, name))
         self.reconciler = Reconciler(FakeKernel(loop), config, Recorder(), Agenda(), clock=loop.time)
-        self.lasting = Lasting(config, str(place / "run"), _no_other_writer, self.children.watch_former)
+        self.lasting = Lasting(config, str(place / "run"), _no_other_writer, self.children.watch_former, self.post)
         self.ledger = self.reconciler.ledger
 
     def look(self) -> History:
@@ -186,5 +206,78 @@ def test_a_stop_that_has_answered_leaves_nothing_to_the_next_daemon(place: Path,
         async with a_daemon(place) as daemon:
             assert daemon.look().overdue is None
             assert daemon.children.overdue == 0
+
+    run(story())
+
+
+# --- alerts -----------------------------------------------------------------------------------------------------------
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def degrade(daemon: Daemon) -> None:
+    daemon.lasting.desk.degraded("memory", "memory cannot be locked")
+
+
+def test_what_was_told_is_not_told_again_by_the_next_daemon(place: Path) -> None:
+    async def story() -> None:
+        async with a_daemon(place) as daemon:
+            degrade(daemon)
+            await until(lambda: daemon.post.told == [("daemon/memory", "raised")])
+        async with a_daemon(place) as daemon:
+            degrade(daemon)
+            await asyncio.sleep(0.1)
+            assert daemon.post.told == []
+            assert [alert.key for alert in daemon.lasting.desk.alerts] == ["daemon/memory"]
+
+    run(story())
+
+
+def test_with_a_silent_disk_it_is_told_again_and_what_the_disk_knows_is_gone_on_with(place: Path) -> None:
+    async def story() -> None:
+        async with a_daemon(place) as daemon:
+            degrade(daemon)
+            daemon.lasting.desk.degraded("holds", "the holds cannot be written")
+            await until(lambda: len(daemon.post.told) == 2)
+        daemon = Daemon(place)
+        restoring = asyncio.ensure_future(daemon.lasting.restore(daemon.reconciler))
+        await until(lambda: daemon.lasting.store.writer_pid)
+        pid = daemon.lasting.store.writer_pid
+        assert pid
+        os.kill(pid, signal.SIGSTOP)
+        await restoring
+        degrade(daemon)
+
+        def keys() -> list[str]:
+            return sorted(alert.key for alert in daemon.lasting.desk.alerts)
+
+        assert keys() == ["daemon/journal", "daemon/memory"]
+        os.kill(pid, signal.SIGCONT)
+        await until(lambda: keys() == ["daemon/holds", "daemon/journal", "daemon/memory"])
+        assert sorted(daemon.post.told) == [("daemon/journal", "raised"), ("daemon/memory", "raised")]
+        daemon.children.close()
+        await daemon.lasting.close(PATIENCE)
+
+    run(story())
+
+
+def test_a_run_directory_that_cannot_be_written_is_an_alert_until_it_can(place: Path) -> None:
+    async def story() -> None:
+        async with a_daemon(place) as daemon:
+            (place / "run").rename(place / "elsewhere")
+            (place / "run").touch()
+            daemon.ledger.record(live(10))
+            daemon.ledger.note_hand(DEV_ID, None)
+            assert [alert.key for alert in daemon.lasting.desk.alerts] == ["daemon/run-directory"]
+            (place / "run").unlink()
+            (place / "elsewhere").rename(place / "run")
+            daemon.ledger.note_hand(DEV_ID, None)
+            case = daemon.lasting.desk._book.open("daemon/run-directory")
+            assert case
+            assert case.gone_since is not None
 
     run(story())

@@ -88,7 +88,8 @@ class CommandOrder:
     """What to run. `environment` is all that it gets.
 
     `timeout`: seconds, and counts only if the command is left, or the daemon goes away. `char_rdev`: of the device's char
-    node; None: not known, and whoever has a char device open is found by its name alone.
+    node; None: not known, and whoever has a char device open is found by its name alone. `title`: what people call it, where
+    it recovers no device; its `dev_id` is no device's then.
     """
 
     dev_id: int
@@ -97,6 +98,7 @@ class CommandOrder:
     timeout: float
     user: Credentials | None = None
     char_rdev: tuple[int, int] | None = None
+    title: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,8 +349,13 @@ class Command:
             self._timer.cancel()
             self._timer = None
 
+    @property
+    def title(self) -> str:
+        """What people call it."""
+        return self._order.title or f"the recovery command of ublk{self.dev_id}"
+
     def _name(self) -> str:
-        return f"the recovery command {printable(self._order.argv[0])}"
+        return self._order.title or f"the recovery command {printable(self._order.argv[0])}"
 
     def _why_not_started(self, message: dict[str, Any]) -> DuendeError:
         number, step = message["errno"], printable(message["step"] or "")
@@ -535,6 +542,7 @@ class Children:
                 command.talk,
                 do="run",
                 dev_id=order.dev_id,
+                title=command.title,
                 argv=list(order.argv),
                 env=dict(order.environment),
                 timeout=order.timeout,
@@ -754,7 +762,7 @@ def _still_running(former: Command) -> StillRunningError:
     pid = f" (pid {former.pid})" if former.pid else ""
     supervisor = former.supervisor
     hint = f"ps -o pid,stat,wchan:20,args -p {supervisor} --ppid {supervisor}" if supervisor else _LOOK
-    return StillRunningError(f"the former recovery command of ublk{former.dev_id}{pid} still runs", hint=hint)
+    return StillRunningError(f"{former.title.replace('the', 'the former', 1)}{pid} still runs", hint=hint)
 
 
 def _has_ended(pidfd: int, *, within: float = 0.0) -> bool:

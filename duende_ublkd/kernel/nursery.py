@@ -552,9 +552,7 @@ class Supervisor:
         if self._talk:
             self._talk.say(left=left)
             return
-        line = (
-            f"the recovery command of ublk{self._order['dev_id']} outlived its time or the daemon: {left or 'ended'}\n"
-        )
+        line = f"{self._order['title']} outlived its time or the daemon: {left or 'ended'}\n"
         with contextlib.suppress(OSError):
             if select.select([], [2], [], 0)[1]:  # a server must not wait for whoever reads this
                 os.write(2, line.encode(errors="replace"))

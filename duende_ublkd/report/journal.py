@@ -1,7 +1,7 @@
 """The log and the journal: one line per thing that changed, with the verdict's sentence. A steady state is silent.
 
 An event is made once, from a pass's report; a line of the log and a record of the journal are two ways to keep it. What a
-person is called for is an event of its own in the journal, raised once per instance and verdict, and over once.
+person is called for is not decided here: the desk (alerts/desk.py) has it recorded.
 
 WARNING: we changed the machine, or something needs a human. ERROR: we could not. INFO: we held back. On a service
 manager's stream each line starts with its priority (sd-daemon(3)); on a terminal with the time.
@@ -100,14 +100,17 @@ class Journal:
     """Turns what passes report into events: each is a line of the log, and goes to `record`."""
 
     def __init__(self, record: Callable[[Event], object] | None = None) -> None:
-        self._record = record or (lambda _: None)
+        self._keep = record or (lambda _: None)
         self._trouble = ""
-        self._alerts: dict[int, tuple[int | None, VerdictKind]] = {}  # id -> what a person was called for
 
     def note(self, kind: EventKind, level: Level, text: str, dev_id: int | None = None, **facts: Any) -> None:  # noqa: ANN401 - JSON values
         """One line, in the log and in the journal."""
         log.log(_LEVELS[level], "%s", text)
-        self._write(kind, level, text, dev_id, facts)
+        self.record(kind, level, text, dev_id, **facts)
+
+    def record(self, kind: EventKind, level: Level, text: str, dev_id: int | None = None, **facts: Any) -> None:  # noqa: ANN401 - JSON values
+        """In the journal alone: the log has a line that says the same, or nobody is to be woken by it."""
+        self._keep(Event(time.time(), kind, level, printable(text, _LINE_LIMIT), dev_id, facts))
 
     def intends(self, device: Judged) -> None:
         """Before something is done to a device."""
@@ -130,8 +133,6 @@ class Journal:
             self._note_verdict(device)
         reasons = {device.seen.dev_id: device.verdict.reason for device in report.gone}
         acted = {deed.dev_id for deed in report.deeds}
-        for device in report.gone:
-            self._end_alert(device.seen.dev_id, f"ublk{device.seen.dev_id} is gone")
         for dev_id in reasons.keys() - acted:
             self.note(EventKind.VERDICT, Level.INFO, f"ublk{dev_id} is gone", dev_id)
         for deed in report.deeds:
@@ -148,26 +149,16 @@ class Journal:
 
     def _note_verdict(self, device: Judged) -> None:
         dev_id, verdict = device.seen.dev_id, device.verdict
-        text = f"ublk{dev_id} is {verdict.kind.value}: {verdict.reason}{_wedged_by(device)}"
-        if verdict.action in (Action.DELETE, Action.RECOVER):  # the deed has its own lines, before and after
-            self._write(EventKind.VERDICT, Level.INFO, text, dev_id, facts_of(device))
-        else:
-            self.note(EventKind.VERDICT, _level(device), text, dev_id, **facts_of(device))
-        called_for = (device.seen.identity.sysfs_inode, verdict.kind)
-        if verdict.action is not Action.ALERT:
-            self._end_alert(dev_id, text)
-        elif self._alerts.get(dev_id) != called_for:
-            self._end_alert(dev_id, text)
-            self._alerts[dev_id] = called_for
-            self._write(EventKind.ALERT, Level.WARNING, text, dev_id, {"state": "raised", **facts_of(device)})
+        is_told_with_deed = verdict.action in (Action.DELETE, Action.RECOVER)  # which has lines before and after it
+        tell = self.record if is_told_with_deed else self.note
+        level = Level.INFO if is_told_with_deed else _level(device)
+        tell(EventKind.VERDICT, level, sentence_of(device), dev_id, **facts_of(device))
 
-    def _end_alert(self, dev_id: int, text: str) -> None:
-        if called_for := self._alerts.pop(dev_id, None):
-            facts = {"state": "over", "instance": called_for[0], "verdict": called_for[1].value}
-            self._write(EventKind.ALERT, Level.INFO, text, dev_id, facts)
 
-    def _write(self, kind: EventKind, level: Level, text: str, dev_id: int | None, facts: dict[str, Any]) -> None:
-        self._record(Event(time.time(), kind, level, printable(text, _LINE_LIMIT), dev_id, facts))
+def sentence_of(device: Judged) -> str:
+    """What a device is, why, and what a person can do where it is wedged."""
+    verdict = device.verdict
+    return f"ublk{device.seen.dev_id} is {verdict.kind.value}: {verdict.reason}{_wedged_by(device)}"
 
 
 def _wedged_by(device: Judged) -> str:

@@ -1,11 +1,17 @@
-"""Holds and events as programs get to see them: the same objects over HTTP and from the commands."""
+"""Holds, events and alerts as programs get to see them: over HTTP, from the commands, and sent to the sinks of alerts."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
+from duende_ublkd.core.alerting import RUNBOOK
+
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from duende_ublkd.core.alerting import Alert
+    from duende_ublkd.core.delivery import State
     from duende_ublkd.core.holds import Hold
     from duende_ublkd.report.store import Record
 
@@ -37,6 +43,34 @@ def event_object(record: Record) -> dict[str, Any]:
         "dev_id": event.dev_id,
         "text": event.text,
         "facts": event.facts,
+    }
+
+
+def alert_object(alert: Alert) -> dict[str, Any]:
+    """An alert; `over_at` null: it is open."""
+    times = {"raised_at": timestamp(alert.raised_at), "over_at": alert.over_at and timestamp(alert.over_at)}
+    return {**alert.to_object(), **times}
+
+
+def notice_object(alert: Alert, state: State, *, host: str, version: str, labels: Mapping[str, str]) -> dict[str, Any]:
+    """What a sink is told of an alert; the body that a webhook gets. `version` 1: keys may come, none goes or changes."""
+    return {
+        "version": 1,
+        "state": state.value,
+        "key": alert.key,
+        "kind": alert.kind.value,
+        "severity": alert.severity.value,
+        "dev_id": alert.dev_id,
+        "instance": alert.instance,
+        "summary": alert.summary,
+        "runbook_url": f"{RUNBOOK}#{alert.runbook}",
+        "host": host,
+        "daemon_version": version,
+        "raised_at": timestamp(alert.raised_at),
+        "over_at": alert.over_at and timestamp(alert.over_at),
+        "over_why": alert.over_why,
+        "facts": alert.facts,
+        "labels": dict(labels),
     }
 
 

@@ -1,0 +1,1 @@
+"""What brings alerts to people: the desk, which keeps them, and what carries them to each sink."""
