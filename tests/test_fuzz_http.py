@@ -163,6 +163,8 @@ VALID = [
     a_request("POST", "/api/v1/hold", b'{"dev_id": 3, "seconds": 60, "why": "x"}', "Content-Type: application/json"),
     a_request("POST", "/api/v1/release", b'{"dev_id": 3}'),
     a_request("POST", "/-/reload", b""),
+    *(a_request("GET", path) for path in ("/", "/api/v1/status", "/api/v1/alerts")),
+    a_request("POST", "/api/v1/test-alert", b'{"sink": "mail"}'),
     b'POST /api/v1/release HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{"dev\r\n8\r\n_id": 3}\r\n0\r\n\r\n',
     b'POST /api/v1/hold HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 13\r\n\r\n{"dev_id": 3}',
     b"GET /api/v1/devices HTTP/1.1\r\nHost: x\r\n\r\nGET /metrics HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n",
@@ -275,7 +277,7 @@ def test_every_page_is_well_formed_whatever_the_devices_and_events_are_called(se
     devices = converse(served, VALID[3], "at once", tcp=True).partition(b"\r\n\r\n")[2]
     assert json.loads(devices)[0]["server"]["comm"] == HOSTILE
     page = converse(served, VALID[0], "at once", tcp=True).partition(b"\r\n\r\n")[2].decode()
-    assert all(line.startswith(("#", "duende_ublkd_")) for line in page.splitlines())
+    assert all(line.startswith(("#", "duende_ublkd_", "process_")) for line in page.splitlines())
 
 
 def test_many_slow_clients_hold_up_nobody_and_leave_nothing_behind(served: Served) -> None:

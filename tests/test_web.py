@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -30,9 +30,10 @@ from duende_ublkd.client import DaemonClient, DaemonLostError, DaemonNotRunningE
 from duende_ublkd.core.errors import DuendeError, UsageError
 from duende_ublkd.core.holds import LONGEST_TIME, Hold, NotAllowedError, may_change
 from duende_ublkd.core.model import Event, EventKind, Judged, Level
+from duende_ublkd.core.text import printable
 from duende_ublkd.report.metrics import Metrics
 from duende_ublkd.report.store import Record
-from duende_ublkd.report.web import Times, WebServer
+from duende_ublkd.report.web import Times, WebServer, _Pace
 from tests.test_report import a_device
 
 PORT = 19116
@@ -44,6 +45,12 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="becomes other users")
 
 def a_record(seq: int, *, dev_id: int | None = 3, text: str = "it happened", **facts: object) -> Record:
     return Record(seq, Event(1_700_000_000.5 + seq % 1000, EventKind.VERDICT, Level.WARNING, text, dev_id, facts))
+
+
+@dataclass(frozen=True)
+class APage:
+    body: bytes = "<!doctype html><title>ublk — \u202e</title>".encode()
+    policy: str = "default-src 'none'"
 
 
 @dataclass
@@ -62,6 +69,8 @@ class ASource:
     held: dict[int, Hold] = field(default_factory=dict)
     attempts: dict[int, int] = field(default_factory=dict)
     slow_reload: float = 0.0
+    tested: list[str | None] = field(default_factory=list)
+    slow_test: float = 0.0
 
     def __post_init__(self) -> None:
         self.changed = asyncio.Event()
@@ -90,6 +99,22 @@ class ASource:
     def _check(self, dev_id: int, uid: int) -> None:
         if not may_change(uid, self.held.get(dev_id), OWNER if dev_id == 3 else None):
             raise NotAllowedError(f"ublk{dev_id} is not yours", hint=f"sudo duende-ublkd hold {dev_id}")
+
+    def page(self) -> APage:
+        return APage()
+
+    def status(self) -> dict[str, Any]:
+        return {"version": "1", "devices": len(self.devices)}
+
+    def alerts(self) -> dict[str, Any]:
+        return {"alerts": [], "sinks": [{"name": "mail"}]}
+
+    async def test_alert(self, sink: str | None) -> list[Mapping[str, Any]]:
+        if sink not in (None, "mail"):
+            raise UsageError(f"there is no sink {printable(sink)}", hint="mail")
+        await asyncio.sleep(self.slow_test)
+        self.tested.append(sink)
+        return [{"sink": "mail", "ok": True, "detail": "250 queued", "seconds": 0.1}]
 
     async def reload(self) -> str:
         await asyncio.sleep(self.slow_reload)
@@ -249,6 +274,42 @@ def test_the_pages_answer_over_tcp_and_over_the_socket(path: str) -> None:
         with pytest.raises(UsageError, match="nothing at /nowhere") as told:
             await served.ask("GET", "/nowhere")
         assert "/api/v1/holds" in told.value.hint
+
+    serve(path, look, devices={3: a_device()})
+
+
+def test_the_page_comes_with_its_policy_and_is_not_kept_by_anybody(path: str) -> None:
+    async def look(served: AServed) -> None:
+        for tcp in (True, False):
+            head, _, body = (await served.raw(a_request("GET", "/"), tcp=tcp)).decode().partition("\r\n\r\n")
+            assert body.encode() == APage().body
+            for line in (
+                "HTTP/1.1 200 OK",
+                "Content-Type: text/html; charset=utf-8",
+                "Content-Security-Policy: default-src 'none'",
+                "X-Content-Type-Options: nosniff",
+                "Referrer-Policy: no-referrer",
+                "Cache-Control: no-store",
+            ):
+                assert line in head.split("\r\n"), line
+
+    serve(path, look)
+
+
+@pytest.mark.parametrize("where", ["/metrics", "/-/healthy", "/api/v1/status", "/nowhere"])
+def test_every_answer_is_of_this_moment_and_of_the_kind_that_it_says(path: str, where: str) -> None:
+    async def look(served: AServed) -> None:
+        head = (await served.raw(a_request("GET", where))).partition(b"\r\n\r\n")[0].split(b"\r\n")
+        assert b"Cache-Control: no-store" in head
+        assert b"X-Content-Type-Options: nosniff" in head
+
+    serve(path, look)
+
+
+def test_the_status_and_the_alerts_are_the_sources(path: str) -> None:
+    async def look(served: AServed) -> None:
+        assert await served.ask("GET", "/api/v1/status") == {"version": "1", "devices": 1}
+        assert await served.ask("GET", "/api/v1/alerts") == {"alerts": [], "sinks": [{"name": "mail"}]}
 
     serve(path, look, devices={3: a_device()})
 
@@ -418,10 +479,12 @@ def test_who_owns_nothing_changes_nothing_and_what_root_has_set_is_roots(path: s
             ("POST", "/api/v1/hold", {"dev_id": 3}),
             ("POST", "/api/v1/release", {"dev_id": 3}),
             ("POST", "/-/reload", {}),
+            ("POST", "/api/v1/test-alert", {}),
         )
         for uid in (NOBODY, OWNER):
-            assert [status for status, _ in await ask_as(uid, path, *requests)] == [403, 403, 403]
+            assert [status for status, _ in await ask_as(uid, path, *requests)] == [403, 403, 403, 403]
         assert served.source.held[3].uid == 0
+        assert served.source.tested == []
         assert served.source.reloads == 0
 
     serve(path, change)
@@ -441,6 +504,22 @@ def test_root_may_reload_and_hears_why_the_old_configuration_stays(path: str) ->
 
 
 @needs_root
+def test_root_may_have_alerts_sent_and_waits_for_the_slowest_sink(path: str) -> None:
+    async def change(served: AServed) -> None:
+        (answer,) = await served.ask("POST", "/api/v1/test-alert", {"sink": "mail"})
+        assert answer["detail"] == "250 queued"
+        assert await served.ask("POST", "/api/v1/test-alert", {})
+        assert served.source.tested == ["mail", None]
+        with pytest.raises(UsageError, match="there is no sink male") as told:
+            await served.ask("POST", "/api/v1/test-alert", {"sink": "male"})
+        assert told.value.hint == "mail"
+        with pytest.raises(UsageError, match="sink has to be the name of one"):
+            await served.ask("POST", "/api/v1/test-alert", {"sink": 3})
+
+    serve(path, change, Times(patience=0.2), slow_test=0.8)
+
+
+@needs_root
 def test_a_reload_goes_on_without_the_one_who_asked(path: str) -> None:
     async def leave(served: AServed) -> None:
         _, writer = await served.connect()
@@ -453,7 +532,7 @@ def test_a_reload_goes_on_without_the_one_who_asked(path: str) -> None:
     serve(path, leave, slow_reload=0.5)
 
 
-@pytest.mark.parametrize("where", ["/api/v1/hold", "/api/v1/release", "/-/reload"])
+@pytest.mark.parametrize("where", ["/api/v1/hold", "/api/v1/release", "/-/reload", "/api/v1/test-alert"])
 def test_over_tcp_nothing_can_be_changed_and_the_answer_names_the_way(path: str, where: str) -> None:
     async def change(served: AServed) -> None:
         status, body = await asyncio.to_thread(fetch, where, b'{"dev_id": 3}')
@@ -462,7 +541,7 @@ def test_over_tcp_nothing_can_be_changed_and_the_answer_names_the_way(path: str,
         assert "nothing can be changed from here" in answer["error"]
         assert "duende-ublkd" in answer["hint"]
         assert "api.sock" in answer["hint"]
-        assert (served.source.asked, served.source.reloads) == ([], 0)
+        assert (served.source.asked, served.source.reloads, served.source.tested) == ([], 0, [])
 
     serve(path, change)
 
@@ -647,6 +726,69 @@ def test_a_wrong_method_says_which_is_right(path: str) -> None:
 def _stop_reading(writer: asyncio.StreamWriter) -> None:
     assert isinstance(writer.transport, asyncio.Transport)
     writer.transport.pause_reading()
+
+
+def test_a_head_has_limits(path: str) -> None:
+    async def send(served: AServed) -> None:
+        def lines(count: int) -> list[str]:
+            return [f"X-{n}: y" for n in range(count - 3)]  # a_request has three
+
+        for tcp in (True, False):
+            assert b" 200 " in (await served.raw(a_request("GET", "/-/healthy", b"", *lines(48)), tcp=tcp))[:20]
+            assert b" 400 " in (await served.raw(a_request("GET", "/-/healthy", b"", *lines(50)), tcp=tcp))[:20]
+            assert b" 200 " in (await served.raw(a_request("GET", "/-/healthy", b"", f"X: {'y' * 4000}"), tcp=tcp))[:20]
+            assert b" 400 " in (await served.raw(a_request("GET", "/-/healthy", b"", f"X: {'y' * 4200}"), tcp=tcp))[:20]
+            assert b" 400 " in (await served.raw(a_request("GET", f"/?{'y' * 4200}"), tcp=tcp))[:20]
+
+    serve(path, send)
+
+
+def test_after_an_answer_the_loop_has_four_times_as_long_for_itself() -> None:
+    async def spend() -> None:
+        loop = asyncio.get_running_loop()
+        pace = _Pace(loop.create_future())
+        await pace.turn(0.0)
+        began = loop.time()
+        with pace.measured():
+            time.sleep(0.05)
+        await asyncio.gather(pace.turn(0.01), pace.turn(0.01))
+        assert 0.25 + 0.05 <= loop.time() - began < 5
+
+    asyncio.run(spend())
+
+
+@needs_root
+def test_root_does_not_wait_until_others_have_been_answered(path: str) -> None:
+    async def ask(served: AServed) -> None:
+        for server in (served.local, served.tcp):
+            server.pace._free_at = asyncio.get_running_loop().time() + 2
+        began = time.monotonic()
+        assert await served.ask("GET", "/api/v1/holds") == []
+        assert time.monotonic() - began < 1.5
+        assert (await asyncio.to_thread(fetch, "/-/healthy"))[0] == 200
+        assert time.monotonic() - began >= 2
+
+    serve(path, ask)
+
+
+def test_a_client_that_asks_and_asks_is_read_no_further_than_a_queue(path: str) -> None:
+    """What is read and not answered yet stays in memory that is locked. What the kernel holds meanwhile is its own."""
+
+    async def ask(served: AServed) -> None:
+        loop = asyncio.get_running_loop()
+        served.tcp.pace._free_at = loop.time() + 60
+        most = 1 << 24
+        with socket.create_connection(("127.0.0.1", PORT)) as channel:
+            channel.setblocking(False)
+            taken, quiet_since = 0, loop.time()
+            while loop.time() - quiet_since < 1 and taken < most:
+                with contextlib.suppress(BlockingIOError):
+                    taken += channel.send(b"GET /-/healthy HTTP/1.1\r\nHost: here\r\n\r\n" * 1000)
+                    quiet_since = loop.time()
+                await asyncio.sleep(0)
+            assert taken < most
+
+    serve(path, ask)
 
 
 # --- crowds

@@ -9,7 +9,16 @@ Rules:
    that does not read its answer are all the same. A follower of events is cut when it does not take a line for a while;
    nothing is fetched for it meanwhile, so what it costs is one buffer.
 4. Each address has its own limit of clients, and root has places of its own on the unix socket: whoever fills one up locks
-   out neither the other's clients nor the administrator.
+   out neither the other's clients nor the administrator. A client counts before its TLS handshake, and the handshake has a
+   deadline.
+5. Each address has a share of the loop's time: answers are made one after the other, with a pause after each that is longer
+   the longer it took. Many clients wait for each other, and the daemon for none of them. Root is not made to wait.
+6. TLS and passwords are for TCP alone: on the unix socket the kernel says who calls. Their renewal is for the next client;
+   the listener stays, and who is connected stays.
+
+aiohttp is the server, on the daemon's own loop, because limits, parsing and TLS of strangers' bytes are somebody's
+full-time work: it costs 15 MiB of locked memory once; TLS nothing, since asyncio has loaded OpenSSL anyway, but 256 KiB for
+the buffers of each client that has shaken hands.
 """
 
 from __future__ import annotations
@@ -36,25 +45,48 @@ from duende_ublkd.core.errors import DuendeError, UsageError
 from duende_ublkd.core.holds import DEFAULT_TIME, LONGEST_TIME, MOST_TEXT, SHORTEST_TIME, NotAllowedError
 from duende_ublkd.core.text import printable
 from duende_ublkd.report import objects, present
+from duende_ublkd.report.access import Access, TooManyError
 from duende_ublkd.report.journal import log
 from duende_ublkd.report.metrics import Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    import ssl
+    from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
     from duende_ublkd.core.holds import Hold
     from duende_ublkd.core.model import Judged
+    from duende_ublkd.core.webconfig import WebConfig
     from duende_ublkd.report.store import Record
 
 SOCKET_NAME = "api.sock"  # in the run directory
 MOST_EVENTS = 1000  # in one answer
 
 _BODY_LIMIT = 4096  # bytes
+_MOST_HEADERS = 48  # of a request; a browser sends twenty
+_LONGEST_LINE = 4096  # bytes, of each of them; with so many clients this is 12 MiB at worst
 _MOST_CLIENTS = 64  # connections at once; a further one is closed, so that no client can use up the descriptors
 _PLACES_OF_ROOT = 8  # further ones
 _GOODBYE = 1.0  # seconds for requests under way at the end
-_PATHS = "/api/v1/devices, /api/v1/holds, /api/v1/events, /metrics, /-/healthy, /-/ready"
+_SHARE = 0.2  # of the loop's time, for each address
+_LEAST_COST = 0.0005  # seconds that the smallest request takes, all in all
+_HANDSHAKE_COST = 0.006  # with a key of RSA and 4096 bits
+_LONGEST_PAUSE = 2.0  # after an answer, whatever it took: a scrape still comes through
+_PATHS = (
+    "/, /api/v1/status, /api/v1/devices, /api/v1/holds, /api/v1/events, /api/v1/alerts, /metrics, /-/healthy, /-/ready"
+)
 _SAME_OVER_SOCKET = f"or send the same request to the unix socket, /run/duende-ublkd/{SOCKET_NAME}"
+
+
+class Page(Protocol):
+    """The status page, and the Content-Security-Policy that goes with it."""
+
+    @property
+    def body(self) -> bytes:
+        """HTML as UTF-8."""
+
+    @property
+    def policy(self) -> str:
+        """Of one line."""
 
 
 class Source(Protocol):
@@ -82,6 +114,18 @@ class Source(Protocol):
     def release(self, dev_id: int, uid: int) -> tuple[Hold | None, int]:
         """End a hold, None: there was none, and forget so many attempts to recover. Raises as `hold` does."""
 
+    def page(self) -> Page:
+        """What a person on call wants to see in one look."""
+
+    def status(self) -> Mapping[str, Any]:
+        """The same for programs, and for the page's own script."""
+
+    def alerts(self) -> Mapping[str, Any]:
+        """What people are told of, and how each sink does."""
+
+    async def test_alert(self, sink: str | None) -> list[Mapping[str, Any]]:
+        """Send an alert for trial to one sink, None: to each; what each answered. UsageError: there is no such sink."""
+
     async def reload(self) -> str:
         """Take the configuration anew; returns why the old one stays, or nothing."""
 
@@ -101,6 +145,7 @@ class Times:
     patience: float = 60.0  # for the next request, and until an answer is read
     heartbeat: float = 15.0  # of silence, until a follower gets an empty line
     slowest: float = 15.0  # for a follower to take a line when its buffer is full
+    handshake: float = 10.0  # for TLS
 
 
 class WebServer:
@@ -109,19 +154,23 @@ class WebServer:
     def __init__(self, source: Source, metrics: Metrics, times: Times | None = None) -> None:
         self._source = source
         self._metrics = metrics
-        self._times = times or Times()
+        self.times = times or Times()
         self._runner: web.AppRunner | None = None
         self._server: asyncio.Server | None = None
         self._socket_path: Path | None = None
         self._ending = asyncio.get_running_loop().create_future()
         self._reloads: set[asyncio.Task[str]] = set()
+        self._access: Access | None = None
+        self._crowd: set[_Connection] = set()
+        self.pace = _Pace(self._ending)
 
-    async def listen(self, host: str, port: int) -> None:
-        """Raises UsageError when the address cannot be had."""
+    async def listen(self, host: str, port: int, web: WebConfig | None = None) -> None:
+        """Raises UsageError when the address cannot be had. `web`: who is let in; None: everybody."""
+        self.take(web)
         runner = await self._set_up()
         try:
             self._server = await asyncio.get_running_loop().create_server(
-                lambda: _Connection(runner, self._times.patience, is_local=False), host, port
+                lambda: _Connection(self, runner, is_local=False), host, port
             )
         except OSError as error:
             await self.close()
@@ -140,7 +189,7 @@ class WebServer:
             self._socket_path = place
             _bind(listener, place)
             self._server = await asyncio.get_running_loop().create_unix_server(
-                lambda: _Connection(runner, self._times.patience, is_local=True), sock=listener
+                lambda: _Connection(self, runner, is_local=True), sock=listener
             )
         except (OSError, UsageError) as error:
             listener.close()
@@ -149,6 +198,12 @@ class WebServer:
                 raise
             why = error.strerror or str(error)
             raise UsageError(f"cannot listen on {path}: {why}", hint=f"ls -ld {path} {place.parent}") from error
+
+    def take(self, web: WebConfig | None) -> None:
+        """Let in whom this lets in, from the next client and the next request on."""
+        former, self._access = self._access, Access(web) if web else None
+        if former:
+            former.close()
 
     async def close(self) -> None:
         """Stop listening; requests under way get a moment, and a client that does not read gets no more than that."""
@@ -159,18 +214,45 @@ class WebServer:
             self._server.close()
         if not self._ending.done():
             self._ending.set_result(None)
+        for connection in [*self._crowd]:
+            connection.end_greeting()
+        if self._access:
+            self._access.close()
         if self._runner:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(2 * _GOODBYE):
                     await self._runner.cleanup()
             self._runner = None
 
+    def admit(self, connection: _Connection) -> bool:
+        """Whether there is a place for it, which it has then (rule 4)."""
+        places = _MOST_CLIENTS + (_PLACES_OF_ROOT if connection.uid == 0 else 0)
+        if len(self._crowd) >= places:
+            return False
+        self._crowd.add(connection)
+        return True
+
+    def dismiss(self, connection: _Connection) -> None:
+        """It has gone."""
+        self._crowd.discard(connection)
+
+    def tls_for(self, connection: _Connection) -> ssl.SSLContext | None:
+        """What a new connection is to be secured with (rule 6)."""
+        return self._access.context if self._access and not connection.is_local else None
+
+    def welcomes(self, certificate: Mapping[str, Any] | None) -> bool:
+        """Whether a client with this certificate may stay."""
+        return self._access is None or self._access.welcomes(certificate)
+
     async def _set_up(self) -> web.AppRunner:
         app = web.Application(client_max_size=_BODY_LIMIT, middlewares=[self._guard])
         for path, get in (
+            ("/", self._get_page),
             ("/metrics", self._get_metrics),
             ("/-/healthy", self._get_healthy),
             ("/-/ready", self._get_ready),
+            ("/api/v1/status", self._get_status),
+            ("/api/v1/alerts", self._get_alerts),
             ("/api/v1/devices", self._get_devices),
             ("/api/v1/records", self._get_records),
             ("/api/v1/holds", self._get_holds),
@@ -179,7 +261,9 @@ class WebServer:
             app.router.add_get(path, get)
         app.router.add_post("/api/v1/hold", self._post_hold)
         app.router.add_post("/api/v1/release", self._post_release)
+        app.router.add_post("/api/v1/test-alert", self._post_test_alert)
         app.router.add_post("/-/reload", self._post_reload)
+        app.on_response_prepare.append(self._protect)
         self._runner = web.AppRunner(
             app,
             access_log=None,
@@ -187,6 +271,9 @@ class WebServer:
             shutdown_timeout=_GOODBYE,
             handler_cancellation=True,  # a follower that is gone leaves at once, not with the next event
             auto_decompress=False,  # 4 KiB are 4 KiB
+            max_line_size=_LONGEST_LINE,
+            max_field_size=_LONGEST_LINE,
+            max_headers=_MOST_HEADERS,
             logger=_logger(),
         )
         await self._runner.setup()
@@ -197,10 +284,14 @@ class WebServer:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         """Every error becomes an object with a sentence and a hint; a defect's traceback goes to the log alone."""
-        if connection := _connection_of(request):
-            connection.expect_more()
+        connection = _connection_of(request)
+        if connection is None:
+            raise ConnectionResetError("the client is gone")
+        connection.expect_more()
         try:
-            return await handler(request)
+            if connection.uid != 0:
+                await self.pace.turn(_LEAST_COST)
+            return await self._refusal(connection, request) or await handler(request)
         except web.HTTPException as error:
             return _refusal_of(request, error)
         except DuendeError as error:
@@ -212,8 +303,36 @@ class WebServer:
             log.exception("%s %s failed", request.method, printable(request.path))
             return _error(500, "the daemon failed to answer; its log has the reason", "journalctl -u duende-ublkd")
 
+    async def _refusal(self, connection: _Connection, request: web.Request) -> web.Response | None:
+        """What a client hears that is not known, or of whom nobody can tell now; None: it may go on."""
+        if self._access is None or connection.is_local:
+            return None
+        try:
+            if await self._access.knows(request.headers.get("Authorization")):
+                return None
+        except TooManyError:
+            answer = _error(503, "too many passwords are looked at just now", "try again in a second")
+            answer.headers["Retry-After"] = "1"
+            return answer
+        answer = _error(401, "a user and a password are needed here", "curl --user NAME: one of basic_auth_users")
+        answer.headers["WWW-Authenticate"] = 'Basic realm="duende-ublkd", charset="UTF-8"'
+        return answer
+
+    async def _protect(self, request: web.Request, response: web.StreamResponse) -> None:
+        """What a browser is told with every answer: it is of this moment, and of the kind that it says."""
+        response.headers.setdefault("Cache-Control", "no-store")
+        response.headers.setdefault("X-Content-Type-Options", "nosniff")
+        connection = _connection_of(request)
+        if self._access and connection and not connection.is_local:
+            for name, value in self._access.headers.items():
+                if name == "Content-Security-Policy":  # beside the page's own: a browser keeps to both
+                    response.headers.add(name, value)
+                else:
+                    response.headers[name] = value
+
     async def _get_metrics(self, _: web.Request) -> web.Response:
-        return web.Response(body=self._metrics.render(), headers={"Content-Type": Metrics.content_type})
+        with self.pace.measured():
+            return web.Response(body=self._metrics.render(), headers={"Content-Type": Metrics.content_type})
 
     async def _get_healthy(self, _: web.Request) -> web.Response:
         return web.Response(text="healthy\n")
@@ -222,14 +341,31 @@ class WebServer:
         ready = self._source.is_ready
         return web.Response(text="ready\n" if ready else "not ready\n", status=200 if ready else 503)
 
+    async def _get_page(self, _: web.Request) -> web.Response:
+        with self.pace.measured():
+            page = self._source.page()
+        headers = {"Content-Security-Policy": page.policy, "Referrer-Policy": "no-referrer"}
+        return web.Response(body=page.body, content_type="text/html", charset="utf-8", headers=headers)
+
+    async def _get_status(self, _: web.Request) -> web.Response:
+        with self.pace.measured():
+            return _json(self._source.status())
+
+    async def _get_alerts(self, _: web.Request) -> web.Response:
+        with self.pace.measured():
+            return _json(self._source.alerts())
+
     async def _get_devices(self, _: web.Request) -> web.Response:
-        return _json([present.as_object(device) for device in self._source.devices.values()])
+        with self.pace.measured():
+            return _json([present.as_object(device) for device in self._source.devices.values()])
 
     async def _get_records(self, _: web.Request) -> web.Response:
-        return _json([{"dev_id": dev_id, "record": record} for dev_id, record in self._source.records.items()])
+        with self.pace.measured():
+            return _json([{"dev_id": dev_id, "record": record} for dev_id, record in self._source.records.items()])
 
     async def _get_holds(self, _: web.Request) -> web.Response:
-        return _json([_hold_object(hold) for hold in self._source.holds])
+        with self.pace.measured():
+            return _json([_hold_object(hold) for hold in self._source.holds])
 
     async def _post_hold(self, request: web.Request) -> web.Response:
         uid = self._uid_of(request, f"duende-ublkd hold ID, {_SAME_OVER_SOCKET}")
@@ -242,6 +378,19 @@ class WebServer:
         body = await _read_body(request, {"dev_id"})
         released, attempts = self._source.release(_dev_id(body), uid)
         return _json({"released": _hold_object(released) if released else None, "attempts_forgotten": attempts})
+
+    async def _post_test_alert(self, request: web.Request) -> web.Response:
+        command = "duende-ublkd test-alert"
+        if self._uid_of(request, f"{command}, {_SAME_OVER_SOCKET}") != 0:
+            raise NotAllowedError("only root may have alerts sent", hint=f"sudo {command}")
+        sink = _sink(await _read_body(request, {"sink"}))
+        if connection := _connection_of(request):
+            connection.expect_nothing()  # the slowest sink is waited for, for as long as its own timeout lets it
+        try:
+            return _json(await self._source.test_alert(sink))
+        finally:
+            if connection:
+                connection.expect_more()
 
     async def _post_reload(self, request: web.Request) -> web.Response:
         command = "systemctl reload duende-ublkd"
@@ -273,21 +422,22 @@ class WebServer:
         limit = _count(query, "limit", 100, MOST_EVENTS)
         since = _epoch(query["since"]) if "since" in query else None
         records, note = await self._source.read_events(after=after, limit=limit, dev_id=dev_id, since=since)
-        return _json({"events": [objects.event_object(record) for record in records], "note": note})
+        with self.pace.measured():
+            return _json({"events": [objects.event_object(record) for record in records], "note": note})
 
     async def _follow(self, request: web.Request, after: int, dev_id: int | None) -> web.StreamResponse:
         connection = _connection_of(request)
         if connection is None:
             raise ConnectionResetError("the client is gone")
         connection.expect_nothing()
-        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
+        response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         response.force_close()
         await response.prepare(request)
         events = self._source.follow_events(after)
         async with contextlib.aclosing(self._lines(events, dev_id)) as lines:
             async for line in lines:
                 try:
-                    async with asyncio.timeout(self._times.slowest):
+                    async with asyncio.timeout(self.times.slowest):
                         await response.write(line)
                 except (TimeoutError, ConnectionError):
                     connection.cut()
@@ -302,7 +452,7 @@ class WebServer:
         coming: asyncio.Task[Record | None] = asyncio.ensure_future(_next(events))
         try:
             while not self._ending.done():
-                left = silent_since + self._times.heartbeat - loop.time()
+                left = silent_since + self.times.heartbeat - loop.time()
                 await asyncio.wait({coming, self._ending}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 line = b""
                 if coming.done():
@@ -312,7 +462,7 @@ class WebServer:
                     if dev_id in (None, record.event.dev_id) or "missed" in record.event.facts:
                         line = _dumps(objects.event_object(record)) + b"\n"
                     coming = asyncio.ensure_future(_next(events))
-                if line or loop.time() >= silent_since + self._times.heartbeat:
+                if line or loop.time() >= silent_since + self.times.heartbeat:
                     yield line or b"\n"
                     silent_since = loop.time()
         except Exception:  # noqa: BLE001 - the answer has begun: it can only end
@@ -328,39 +478,106 @@ class WebServer:
         return connection.uid
 
 
+class _Pace:
+    """Rule 5: turns, and a pause after each, until all ends."""
+
+    def __init__(self, ending: asyncio.Future[None]) -> None:
+        self._ending = ending
+        self._free_at = 0.0
+        self._queue = asyncio.Lock()
+
+    async def turn(self, cost: float) -> None:
+        """Wait for it; whoever comes later waits longer. `cost`: the seconds that it takes at least."""
+        loop = asyncio.get_running_loop()
+        async with self._queue:
+            if (left := self._free_at - loop.time()) > 0:
+                await asyncio.wait({self._ending}, timeout=left)
+            self._free_at = max(self._free_at, loop.time()) + cost / _SHARE
+
+    @contextlib.contextmanager
+    def measured(self) -> Iterator[None]:
+        """Have it paid for: what is done inside keeps the loop from everything else."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            yield
+        finally:
+            took = loop.time() - began
+            self._free_at = max(self._free_at, began + min(took / _SHARE, _LONGEST_PAUSE))
+
+
 class _Connection(asyncio.Protocol):
     """A client: let in or turned away, who it is, and how long its silence is borne. The rest is aiohttp's.
 
     It counts when the connection is made, not when asyncio asks for a protocol: of many that come at once, each would be
-    the first then.
+    the first then. TLS is shaken hands over afterwards, under the certificate of that moment.
     """
 
-    def __init__(self, runner: web.AppRunner, patience: float, *, is_local: bool) -> None:
+    def __init__(self, server: WebServer, runner: web.AppRunner, *, is_local: bool) -> None:
+        self._server = server
         self._runner = runner
-        self._patience = patience
-        self._is_local = is_local
         self._transport: asyncio.Transport | None = None
         self._http: asyncio.Protocol | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._greeting: asyncio.Task[None] | None = None
+        self._early: list[bytes] = []  # what came with the end of the handshake
+        self.is_local = is_local
         self.uid: int | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        if self._is_local:
+        if self.is_local:
             self.uid = _peer_uid(transport)
-        places = _MOST_CLIENTS + (_PLACES_OF_ROOT if self.uid == 0 else 0)
-        server = self._runner.server
-        if server is None or len(server.connections) >= places or not isinstance(transport, asyncio.Transport):
+        if not self._server.admit(self) or not isinstance(transport, asyncio.Transport):
             transport.close()
             return
         self._transport = transport
+        if context := self._server.tls_for(self):
+            transport.pause_reading()
+            self._greeting = asyncio.ensure_future(self._greet(transport, context))
+        else:
+            self._begin(transport)
+
+    async def _greet(self, transport: asyncio.Transport, context: ssl.SSLContext) -> None:
+        """Shake hands, in this client's turn: the server's part of it is the dearest that a stranger can ask for."""
+        try:
+            with contextlib.suppress(OSError):  # they could not agree, or it took too long
+                async with asyncio.timeout(self._server.times.handshake):
+                    await self._server.pace.turn(_HANDSHAKE_COST)
+                    secured = await asyncio.get_running_loop().start_tls(
+                        transport, self, context, server_side=True, ssl_shutdown_timeout=_GOODBYE
+                    )
+                if secured and self._server.welcomes(secured.get_extra_info("peercert")):
+                    self._transport = secured
+                    self._begin(secured)
+        finally:
+            if not self._http:  # asyncio does not tell of the end of a connection whose handshake has none
+                transport.abort()
+                self.connection_lost(None)
+
+    def _begin(self, transport: asyncio.Transport) -> None:
+        """Let aiohttp talk to it."""
+        server = self._runner.server
+        if server is None:
+            transport.abort()
+            return
+        self._greeting = None
         self._http = server()
         self._http.connection_made(transport)
         self.expect_more()
+        early, self._early = self._early, []
+        for data in early:
+            self._http.data_received(data)
+
+    def end_greeting(self) -> None:
+        """The server ends, and nobody waits for a handshake."""
+        if self._greeting:
+            self._greeting.cancel()
+            self.cut()
 
     def expect_more(self) -> None:
         """Cut it unless another request comes in time."""
         self.expect_nothing()
-        self._timer = asyncio.get_running_loop().call_later(self._patience, self.cut)
+        self._timer = asyncio.get_running_loop().call_later(self._server.times.patience, self.cut)
 
     def expect_nothing(self) -> None:
         """Leave it alone: somebody else looks after it."""
@@ -374,8 +591,11 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._server.dismiss(self)
         self.expect_nothing()
         self._transport = None
+        if self._greeting and self._greeting is not asyncio.current_task():
+            self._greeting.cancel()
         if self._http:
             self._http.connection_lost(exc)
             self._http = None
@@ -383,6 +603,8 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         if self._http:
             self._http.data_received(data)
+        elif self._greeting:
+            self._early.append(data)
 
     def eof_received(self) -> bool | None:
         return self._http.eof_received() if self._http else None
@@ -503,6 +725,13 @@ async def _read_body(request: web.Request, known: set[str]) -> dict[str, Any]:
             f"there is no key {printable(unknown[0])!r}", hint=f"possible here: {', '.join(sorted(known))}"
         )
     return body
+
+
+def _sink(body: Mapping[str, Any]) -> str | None:
+    sink = body.get("sink")
+    if sink is not None and not isinstance(sink, str):
+        raise UsageError("sink has to be the name of one, or null for each", hint='{"sink": "mail"}')
+    return sink
 
 
 def _dev_id(body: Mapping[str, Any]) -> int:
