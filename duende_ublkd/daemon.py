@@ -13,13 +13,16 @@ import collections
 import contextlib
 import os
 import signal
+import socket
 import threading
 import time
 from typing import TYPE_CHECKING
 
 from duende_ublkd import __version__
+from duende_ublkd.carriers import Carriers
+from duende_ublkd.core.alerting import RUNBOOK
 from duende_ublkd.core.errors import DuendeError, KernelUnavailableError
-from duende_ublkd.core.model import EventKind, Level
+from duende_ublkd.core.model import EventKind, Level, feature_names
 from duende_ublkd.core.text import printable
 from duende_ublkd.kernel.control import open_control_device
 from duende_ublkd.kernel.memory import keep_what_is_there, lock_memory, locked_bytes
@@ -30,18 +33,22 @@ from duende_ublkd.kernel.servers import DeathWatch
 from duende_ublkd.kernel.udev import NodeWatch, Uevents
 from duende_ublkd.lasting import Lasting
 from duende_ublkd.parts import Parts, read_config
+from duende_ublkd.report import objects, present
 from duende_ublkd.report.metrics import Metrics
+from duende_ublkd.report.page import Health, Pages, View
 from duende_ublkd.report.web import SOCKET_NAME, WebServer
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
     from typing import Any
 
-    from duende_ublkd.core.config import Address, Config
+    from duende_ublkd.core.config import Config
     from duende_ublkd.core.holds import Hold
-    from duende_ublkd.core.model import Judged, PassReport, Process
+    from duende_ublkd.core.model import DriverFacts, Judged, PassReport, Process
+    from duende_ublkd.report.page import Page
     from duende_ublkd.report.store import Record
 
+_EVENTS_SHOWN = 50  # on the page
 _LAST_WORDS = 0.5  # seconds that the journal has for what is not written yet
 _READ_FOR = 5.0  # seconds for a changed configuration to be read, and the users in it to be looked up
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -59,13 +66,20 @@ class Daemon:
         self._stop = asyncio.Event()
         self._ready = False
         self._metrics = Metrics()
-        self._lasting = Lasting(config, directory, self._spawn, self._watch_former)
+        self._carriers = Carriers(
+            lambda: self._parts.children,
+            lambda: self._parts.kernel.users,
+            on_trouble=self._on_courier,
+            spawn=self._spawn,
+        )
+        self._lasting = Lasting(config, directory, self._spawn, self._watch_former, self._carriers)
         self._journal = self._lasting.journal
+        self._desk = self._lasting.desk
         self._parts = Parts(
             config,
             (self._lasting, self._metrics, self),
             on_command=self._metrics.command,
-            on_trouble=self._on_trouble,
+            on_trouble=self._on_children,
             on_hold_ended=self._lasting.on_hold_ended,
         )
         self._metrics.read_from(
@@ -74,9 +88,10 @@ class Daemon:
             store=self._lasting.store,
             holds=lambda: self.holds,
             lag=lambda: self._watch.lag,
+            alerts=self._desk,
         )
         self._watch = SelfWatch(
-            self._parts.ring.nop, patience=watchdog_patience(), status=self._status, note=self._note
+            self._parts.ring.nop, patience=watchdog_patience(), status=self._status_line, note=self._on_self
         )
         self._agenda = self._parts.agenda
         self._web: WebServer | None = None
@@ -84,6 +99,12 @@ class Daemon:
         self._deaths = DeathWatch(self._on_death)
         self._nodes: NodeWatch | None = None
         self._trouble = ""
+        self._hint = ""  # what to type then
+        self._driver: DriverFacts | None = None
+        self._started_at = time.time()
+        self._last_look_at: float | None = None  # at all devices
+        self._host = printable(socket.gethostname())
+        self._pages = Pages(self._view)
         self._reloading = asyncio.Lock()
         self._reloads: set[asyncio.Task[str]] = set()
 
@@ -125,24 +146,71 @@ class Daemon:
         """Events as they come."""
         return self._lasting.store.follow(after)
 
+    def alerts(self) -> dict[str, Any]:
+        """What people are told of, and how each sink does."""
+        return self._desk.to_object()
+
+    def page(self) -> Page:
+        """What a person on call wants to see in one look."""
+        return self._pages.page()
+
+    def status(self) -> dict[str, Any]:
+        """The same for programs."""
+        return self._pages.status()
+
+    def _view(self) -> View:
+        now, at = time.monotonic(), time.time()
+        store = self._lasting.store
+        return View(
+            __version__,
+            self._host,
+            self._started_at,
+            self._last_look_at,
+            devices=[present.as_object(device) for device in self.devices.values()],
+            holds=[objects.hold_object(hold, now=now, at=at) for hold in self.holds],
+            events=store.tail(limit=_EVENTS_SHOWN),
+            alerts=self.alerts(),
+            health=Health(
+                self._watch.lag,
+                self._parts.ring.stats.overdue + self._parts.children.overdue,
+                store.stats.trouble,
+                store.stats.waiting,
+                store.stats.dropped,
+                locked_bytes(),
+            ),
+            trouble=self._trouble,
+            hint=self._hint,
+            features=feature_names(self._driver.features) if self._driver else (),
+            slots_max=self._driver.slots_max if self._driver else None,
+            dry_run=self._config.daemon.dry_run,
+            look_every=self._config.daemon.resync_interval,
+            runbook=RUNBOOK,
+        )
+
+    async def test_alert(self, sink: str | None) -> list[Mapping[str, Any]]:
+        """Send an alert for trial to one sink, None: to each; what each answered."""
+        return [*await self._desk.test(sink)]
+
     async def run(self) -> None:
         """Until told to stop. Raises DuendeError for what keeps it from starting, and for a defect."""
         os.close(open_control_device())
         try:
             self._parts.children.start()
             await self._lasting.restore(self._parts.reconciler)
+            self._carriers.courier.start()
             self._lock_memory()
-            self._web = await self._listen(self._config.http.listen)
+            self._web = await self._listen(self._config)
             self._local = WebServer(self, self._metrics)
             await self._local.listen_local(f"{self._directory}/{SOCKET_NAME}")
             await self._run()
         finally:
             tell_service_manager("STOPPING=1")
-            left, _ = await asyncio.gather(self._parts.close(), self._close_servers())
+            self._desk.close()
+            left, _, _ = await asyncio.gather(self._parts.close(), self._close_servers(), self._carriers.close())
             for dev_id in sorted(left):
                 self._note(Level.WARNING, f"ublk{dev_id}: its deletion is not over, and the kernel's to finish")
             self._note(Level.INFO, "stopped")
-            await self._lasting.store.close(_LAST_WORDS)
+            await self._lasting.close(_LAST_WORDS)
 
     def _spawn(self, argv: Sequence[str], stdin: int) -> None:
         self._parts.children.spawn(argv, stdin)
@@ -172,7 +240,7 @@ class Daemon:
             return
         count = len(self.devices)
         self._note(Level.INFO, f"duende-ublkd {__version__} looks after {count} device{'' if count == 1 else 's'}")
-        tell_service_manager(f"READY=1\nSTATUS={self._status()}")
+        tell_service_manager(f"READY=1\nSTATUS={self._status_line()}")
         while not await self._unless_stopped(self._look_once()):
             pass
 
@@ -212,7 +280,7 @@ class Daemon:
         self._watch.look_ended(self._config.daemon.resync_interval + longest)
         return report
 
-    def _status(self) -> str:
+    def _status_line(self) -> str:
         """For `systemctl status`: one line."""
         if self._trouble:
             return printable(self._trouble)
@@ -224,7 +292,11 @@ class Daemon:
         try:
             self._parts.children.start()
         except DuendeError as error:
-            self._on_trouble(f"{error}; {error.hint}")
+            why = f"{error}; {error.hint}"
+            self._note(Level.WARNING, why)
+            self._desk.degraded("children", why)
+        else:
+            self._desk.degraded("children", None)
 
     def intends(self, device: Judged) -> None:
         """Nothing to do before a deed."""
@@ -233,7 +305,10 @@ class Daemon:
         """Watch what a pass found: the servers' lives and the nodes' opens and closes."""
         if report.is_deed:
             return
-        self._trouble = report.trouble
+        self._trouble, self._hint = report.trouble, report.hint
+        if report.full and not report.trouble:
+            self._last_look_at = time.time()
+        self._driver = report.driver or self._driver
         servers = {
             each.seen.server.pid for each in report.devices.values() if each.seen.server and each.seen.server.alive
         }
@@ -285,7 +360,9 @@ class Daemon:
         try:
             lock_memory()
         except DuendeError as error:
-            self._note(Level.WARNING, f"{error}; {error.hint}")
+            why = f"{error}; {error.hint}"
+            self._note(Level.WARNING, why)
+            self._desk.degraded("memory", why)
 
     def _take_signals(self) -> None:
         for number in STOP_SIGNALS:
@@ -311,13 +388,16 @@ class Daemon:
     async def _take_config(self) -> str:
         tell_service_manager(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
-            config = await _in_a_thread(lambda: read_config(self._path))
+            config = await _in_a_thread(lambda: read_config(self._path, with_web=True))
             if config.http.listen != self._config.http.listen:
-                web = await self._listen(config.http.listen)
+                web = await self._listen(config)
                 if self._web:
                     await self._web.close()
                 self._web = web
+            elif self._web:
+                self._web.take(config.web)
             self._parts.take(config)
+            self._lasting.take(config)
         except DuendeError as error:
             why = f"{error}; {error.hint}"
             self._note(Level.ERROR, f"the old configuration stays: {why}")
@@ -330,17 +410,34 @@ class Daemon:
         tell_service_manager("READY=1")
         return why
 
-    def _on_trouble(self, sentence: str) -> None:
+    def _on_children(self, sentence: str) -> None:
+        """Their memory could not be locked; nobody tells when that is over."""
         self._note(Level.WARNING, sentence)
+        self._desk.degraded("children-memory", sentence)
+
+    def _on_courier(self, sentence: str) -> None:
+        if sentence:
+            self._note(Level.WARNING, sentence)
+        self._desk.degraded("courier", sentence or None)
+
+    def _on_self(self, level: Level, text: str) -> None:
+        """INFO: it gets on again. WARNING: it stood still for a moment, which is over. ERROR: it is stuck."""
+        self._note(level, text)
+        cause = "late" if level is Level.WARNING else "stuck"
+        if level is not Level.INFO:
+            self._desk.degraded(cause, text)
+        if level is not Level.ERROR:
+            self._desk.degraded(cause, None)
 
     def _note(self, level: Level, text: str) -> None:
         self._journal.note(EventKind.DAEMON, level, text)
 
-    async def _listen(self, address: Address | None) -> WebServer | None:
+    async def _listen(self, config: Config) -> WebServer | None:
+        address = config.http.listen
         if address is None:
             return None
         server = WebServer(self, self._metrics)
-        await server.listen(address.host, address.port)
+        await server.listen(address.host, address.port, config.web)
         return server
 
 

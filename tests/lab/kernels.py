@@ -1,7 +1,6 @@
 """Kernels that have ublk_drv, for the guest: fetched from Debian, or the host's own.
 
-The machine's own apt is asked for the mirror and never touched: a private sources list and a private state directory
-reach the other suites. Nothing here needs root. What was fetched stays in the cache until `refresh`.
+Nothing here needs root. What was fetched stays in the cache until `refresh`.
 
 Debian's image packages carry no modules.dep (their postinst runs depmod), so dependencies are read from the modules.
 """
@@ -14,12 +13,12 @@ import re
 import shutil
 import struct
 import subprocess
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.lab.cache import cache_dir, locked, replacing
+from tests.lab.debian import PrivateApt, unpack
 from tests.lab.errors import LabError, need_tool
 
 
@@ -41,7 +40,6 @@ EVERY_TIME = ("6.12", "newest")
 REQUIRED_MODULES = ("ublk_drv",)
 # In loading order; dependencies come in by themselves, but ext4 asks for crc32c by a crypto name that no module has.
 WANTED_MODULES = ("crc32c_generic", "ext4", "loop", "dm_mod", "md_mod", "raid1")
-KEYRINGS = tuple(Path("/usr/share/keyrings", f"debian-archive-keyring.{suffix}") for suffix in ("gpg", "pgp"))
 OWN_KERNEL_HINT = (
     "or use a kernel of your own that has ublk_drv: DUENDE_LAB_KERNEL=/boot/vmlinuz-VERSION "
     "DUENDE_LAB_MODULES=/lib/modules/VERSION"
@@ -80,6 +78,30 @@ def fetch(name: str, *, refresh: bool = False) -> Kernel:
         return _unpacked(name, home)
 
 
+def one_module(kernel: Kernel, name: str) -> Path:
+    """A module that needs no other, as a plain .ko: for the guest that wants it, and not a part of every boot."""
+    target = cache_dir() / "kernels" / "more" / f"{kernel.version}-{name}"
+    with locked("kernels"):
+        if not target.is_dir():
+            with replacing(target) as workshop:
+                (workshop / f"{name}.ko").write_bytes(_decompressed(_module_of(kernel, name, workshop / "root")))
+                shutil.rmtree(workshop / "root", ignore_errors=True)
+    return target / f"{name}.ko"
+
+
+def _module_of(kernel: Kernel, name: str, workshop: Path) -> Path:
+    if kernel.name == "host":
+        tree = Path(os.environ.get("DUENDE_LAB_MODULES") or f"/lib/modules/{kernel.version}")
+    else:
+        tree = workshop
+        for deb in sorted((cache_dir() / "kernels" / kernel.name / "debs").glob("*.deb")):
+            unpack(deb, workshop)
+    found = next((path for path in tree.rglob("*.ko*") if _module_name(path) == name), None)
+    if found is None:
+        raise LabError(f"the modules of {kernel.version} have no {name}", OWN_KERNEL_HINT)
+    return found
+
+
 def uapi_headers(*, refresh: bool = False) -> Path:
     """The include directory of the newest kernel's linux-libc-dev: the oracle for our own ABI definitions.
 
@@ -92,10 +114,10 @@ def uapi_headers(*, refresh: bool = False) -> Path:
         include = cache_dir() / "kernels" / "uapi" / "include"
         if refresh or not include.is_dir():
             with replacing(include) as workshop:
-                apt = _PrivateApt(SOURCES["newest"].suite, workshop / "apt")
+                apt = PrivateApt(SOURCES["newest"].suite, workshop / "apt", instead=OWN_KERNEL_HINT)
                 apt.download(["linux-libc-dev"], workshop, "headers")
                 for deb in workshop.glob("*.deb"):
-                    _unpack_deb(deb, workshop / "root")
+                    unpack(deb, workshop / "root")
                     deb.unlink()
                 headers = workshop / "root/usr/include"
                 for part in ("linux", "asm-generic"):
@@ -109,8 +131,8 @@ def uapi_headers(*, refresh: bool = False) -> Path:
 def _download(name: str, debs: Path) -> None:
     with replacing(debs) as workshop:
         source = SOURCES[name]
-        apt = _PrivateApt(source.suite, workshop / "apt")
-        apt.download(apt.image_packages(source.series), workshop, f"kernel {name}")
+        apt = PrivateApt(source.suite, workshop / "apt", instead=OWN_KERNEL_HINT)
+        apt.download(_image_packages(apt, source.series), workshop, f"kernel {name}")
         shutil.rmtree(workshop / "apt")
 
 
@@ -123,7 +145,7 @@ def _unpacked(name: str, home: Path) -> Kernel:
         with replacing(image) as workshop:
             root = workshop / "root"
             for deb in sorted((home / "debs").glob("*.deb")):
-                _unpack_deb(deb, root)
+                unpack(deb, root)
             vmlinuz = next(path for path in root.rglob("vmlinuz*") if path.is_file())
             shutil.copyfile(vmlinuz, workshop / "vmlinuz")
             _collect_modules(next(root.glob("usr/lib/modules/*")), workshop / "modules")
@@ -155,81 +177,29 @@ def release_of(vmlinuz: Path) -> str:
     return head[offset + 0x200 :].split(b"\0", 1)[0].split(b" ", 1)[0].decode()
 
 
-class _PrivateApt:
-    """apt on one suite of the machine's own mirror, with state of its own."""
+def _image_packages(apt: PrivateApt, series: str) -> list[str]:
+    """From the metapackage, or the newest image of a series, to what has files: one image, or since 6.19 a binary and its
+    modules.
+    """
+    found: set[str] = set()
+    open_ends = {_newest_of(apt, series) if series else "linux-image-amd64"}
+    while open_ends:
+        found |= open_ends
+        depends = re.findall(r"Depends: (linux-(?:image|binary|modules)-\S+)", apt.depends(sorted(open_ends)))
+        open_ends = set(depends) - found
+    real = [package for package in sorted(found) if re.search(r"-\d", package)]
+    if any(package.startswith("linux-binary-") for package in real):
+        real = [package for package in real if not package.startswith("linux-image-")]
+    if not real:
+        raise LabError(f"{apt.suite} has no linux-image-amd64 on this machine's mirror", OWN_KERNEL_HINT)
+    return real
 
-    def __init__(self, suite: str, state: Path) -> None:
-        for tool in ("apt-get", "apt-cache", "dpkg-deb"):
-            try:
-                need_tool(tool)
-            except LabError as error:
-                raise LabError("this host has no apt to fetch kernels with", OWN_KERNEL_HINT) from error
-        self._suite = suite
-        (state / "lists/partial").mkdir(parents=True)
-        (state / "cache/archives/partial").mkdir(parents=True)
-        sources = state / "sources.list"
-        sources.write_text(f"deb [arch=amd64 signed-by={_keyring()}] {_mirror()} {suite} main\n")
-        self._options = [
-            f"-oDir::Etc::SourceList={sources}",
-            "-oDir::Etc::SourceParts=/dev/null",
-            f"-oDir::State::Lists={state}/lists",
-            f"-oDir::Cache={state}/cache",
-            # apt as root drops to a user who cannot see into root's cache directory.
-            "-oAPT::Sandbox::User=root",
-            "-oAcquire::Languages=none",
-        ]
-        self._run("apt-get", "update", f"the package list of {suite}")
 
-    def image_packages(self, series: str = "") -> list[str]:
-        """From the metapackage, or the newest image of a series, to what has files: one image, or since 6.19 a binary and
-        its modules.
-        """
-        found: set[str] = set()
-        open_ends = {self._newest_of(series) if series else "linux-image-amd64"}
-        while open_ends:
-            found |= open_ends
-            text = self._run("apt-cache", "depends", "", "--important", *sorted(open_ends))
-            depends = re.findall(r"Depends: (linux-(?:image|binary|modules)-\S+)", text)
-            open_ends = set(depends) - found
-        real = [package for package in sorted(found) if re.search(r"-\d", package)]
-        if any(package.startswith("linux-binary-") for package in real):
-            real = [package for package in real if not package.startswith("linux-image-")]
-        if not real:
-            raise LabError(f"{self._suite} has no linux-image-amd64 on this machine's mirror", OWN_KERNEL_HINT)
-        return real
-
-    def _newest_of(self, series: str) -> str:
-        newest = newest_image(self._run("apt-cache", "pkgnames", "", f"linux-image-{series}.").split(), series)
-        if newest is None:
-            raise LabError(f"{self._suite} has no kernel of {series} any more", OWN_KERNEL_HINT)
-        return newest
-
-    def download(self, packages: list[str], into: Path, title: str) -> None:
-        listing = self._run("apt-get", "download", "", "--print-uris", *packages)
-        sizes = re.findall(r"^'.*' \S+ (\d+)", listing, re.MULTILINE)
-        megabytes = sum(map(int, sizes)) / 1e6
-        self._run("apt-get", "download", f"{title} ({megabytes:.0f} MB)", *packages, cwd=into)
-
-    def _run(self, tool: str, verb: str, title: str, *arguments: str, cwd: Path | None = None) -> str:
-        """With a title apt may show its progress to a person; without one its output is wanted."""
-        command = [tool, verb, *self._options, *arguments]
-        show = bool(title) and sys.stderr.isatty()
-        if title:
-            print(f"fetching {title}", file=sys.stderr, flush=True)
-        done = subprocess.run(
-            command if show or not title else [*command, "-qq"],
-            cwd=cwd,
-            check=False,
-            text=True,
-            stdout=sys.stderr if show else subprocess.PIPE,
-            stderr=None if show else subprocess.PIPE,
-            env={**os.environ, "LC_ALL": "C"},
-        )
-        if done.returncode != 0:
-            said = f":\n{done.stderr.strip()}" if done.stderr else ""
-            hint = f"check this machine's network, proxy and apt configuration; {OWN_KERNEL_HINT}"
-            raise LabError(f"{tool} {verb} failed on {self._suite}{said}", hint)
-        return done.stdout or ""
+def _newest_of(apt: PrivateApt, series: str) -> str:
+    newest = newest_image(apt.names(f"linux-image-{series}."), series)
+    if newest is None:
+        raise LabError(f"{apt.suite} has no kernel of {series} any more", OWN_KERNEL_HINT)
+    return newest
 
 
 def newest_image(packages: Iterable[str], series: str) -> str | None:
@@ -237,39 +207,6 @@ def newest_image(packages: Iterable[str], series: str) -> str | None:
     plain = re.compile(rf"linux-image-{re.escape(series)}\.[\d.]+\+\w+-amd64")
     images = (name for name in packages if plain.fullmatch(name))
     return max(images, key=lambda name: [int(number) for number in re.findall(r"\d+", name)], default=None)
-
-
-def _keyring() -> Path:
-    for keyring in KEYRINGS:
-        if keyring.is_file():
-            return keyring
-    raise LabError(
-        "Debian's archive keyring is missing", f"sudo apt-get install debian-archive-keyring; {OWN_KERNEL_HINT}"
-    )
-
-
-def _mirror() -> str:
-    release = dict(
-        line.split("=", 1) for line in Path("/etc/os-release").read_text().splitlines() if re.match(r"\w+=", line)
-    )
-    if release.get("ID", "").strip('"') != "debian":
-        raise LabError("only Debian's own mirrors have the lab's kernels, and this is not Debian", OWN_KERNEL_HINT)
-    codename = release.get("VERSION_CODENAME", "").strip('"')
-    # Without package lists (a fresh container) apt knows what its sources say, and only if told to look no further.
-    for further in ([], ["--no-release-info"]):
-        command = ["apt-get", "indextargets", *further, "--format", "$(REPO_URI) $(CODENAME) $(RELEASE)"]
-        listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        for line in listed.splitlines():
-            uri, *suites = line.split()
-            if codename in suites and not uri.startswith("cdrom:"):
-                return uri
-    raise LabError(
-        f"apt on this machine names no mirror of {codename}", "check /etc/apt/sources.list*, then: sudo apt-get update"
-    )
-
-
-def _unpack_deb(deb: Path, root: Path) -> None:
-    subprocess.run(["dpkg-deb", "-x", deb, root], check=True)
 
 
 def _collect_modules(tree: Path, into: Path) -> None:

@@ -20,7 +20,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,15 +81,16 @@ def run(
     on_output: Callable[[str], None] = lambda _: None,
     environment: Mapping[str, str] | None = None,
     extras: Mapping[str, Path] | None = None,
+    hardware: Sequence[str] = (),
 ) -> GuestResult:
-    """`accel` is kvm or tcg; without it, what works here."""
+    """`accel` is kvm or tcg; without it, what works here. `hardware`: more of QEMU's own arguments."""
     started = time.monotonic()
     accel = accel or accelerator(kernel)
     with tempfile.TemporaryDirectory(prefix="duende-lab-") as scratch:
         initrd = Path(scratch, "initrd")
         image.build(kernel, command, initrd, environment=guest_environment(kernel, environment), extras=extras)
         for boot in range(1, BOOTS + 1):
-            machine = _Machine(kernel, initrd, accel, memory, cpus, Path(scratch, "results"))
+            machine = _Machine(kernel, initrd, accel, memory, cpus, Path(scratch, "results"), tuple(hardware))
             outcome = machine.run(timeout_s, on_output)
             if outcome.came_up:
                 return outcome.result(boot, time.monotonic() - started)
@@ -199,6 +200,7 @@ class _Machine:
     memory: str
     cpus: int
     results: Path
+    hardware: tuple[str, ...] = ()
 
     def command(self, console: str) -> list[str]:
         return [
@@ -207,6 +209,7 @@ class _Machine:
             *("-kernel", str(self.kernel.vmlinuz), "-initrd", str(self.initrd), "-append", COMMAND_LINE),
             *("-chardev", console, "-serial", "chardev:console"),
             *("-chardev", f"file,id=results,path={self.results}", "-serial", "chardev:results"),
+            *self.hardware,
         ]
 
     def run(self, timeout_s: float, on_output: Callable[[str], None]) -> _Outcome:
