@@ -1,4 +1,4 @@
-"""What README tells people to install: the wheel, and the unit in it."""
+"""What README tells people to install and to write: the wheel, the unit in it, and the configurations."""
 
 import re
 import shutil
@@ -6,10 +6,20 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from duende_ublkd.carriers import environment
+from duende_ublkd.core.alertconfig import SinkKind
+from duende_ublkd.core.alerting import Alert, AlertKind, Severity
+from duende_ublkd.core.config import load
+from duende_ublkd.core.delivery import State
+from duende_ublkd.report import webfile
+from duende_ublkd.report.objects import notice_object
+
 REPOSITORY = Path(__file__).parents[1]
+README = REPOSITORY / "README.md"
 EXPOSURE = 3.8  # systemd 252 says 3.7; other versions weigh a little differently
 # What systemd.exec(5) has for a service that trusts itself with little.
 SANDBOX = (
@@ -39,6 +49,12 @@ def test_the_wheel_has_the_program_its_configuration_its_unit_and_both_licences(
     for ending in (
         "share/duende-ublkd/duende-ublkd.toml",
         "share/duende-ublkd/duende-ublkd.service",
+        "share/duende-ublkd/prometheus/duende-ublkd.rules.yml",
+        "share/duende-ublkd/prometheus/duende-ublkd.fleet.rules.yml",
+        "share/duende-ublkd/prometheus/scrape.yml",
+        "share/duende-ublkd/alertmanager/alertmanager.yml",
+        "share/duende-ublkd/apprise/duende-ublkd-apprise",
+        "share/duende-ublkd/grafana/duende-ublkd.json",
         "licenses/LICENSE-MIT",
         "licenses/LICENSE-APACHE",
         "duende_ublkd/core/policy.py",
@@ -47,6 +63,69 @@ def test_the_wheel_has_the_program_its_configuration_its_unit_and_both_licences(
     (entry_points,) = (name for name in names if name.endswith("entry_points.txt"))
     assert "duende-ublkd = duende_ublkd.__main__:main" in wheel.read(entry_points).decode()
     assert not any(name.startswith("tests/") for name in names)
+
+
+def blocks(language: str) -> list[str]:
+    """README's."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def headings() -> set[str]:
+    """README's anchors."""
+    found = re.findall(r"^#+ (.+)$", README.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", each.lower()).replace(" ", "-") for each in found}
+
+
+def test_every_configuration_in_readme_is_taken() -> None:
+    configurations = blocks("toml")
+    assert len(configurations) >= 6
+    for text in configurations:
+        load(text.encode(), "README.md")
+    sinks = [sink.sink for text in configurations for sink in load(text.encode(), "README.md").alerts]
+    assert set(sinks) == set(SinkKind)
+
+
+def test_the_web_configuration_in_readme_is_taken() -> None:
+    (text,) = blocks("yaml")
+    config = webfile.load(text.encode(), "README.md", lambda path, _: path.encode())
+    assert config.tls
+    assert (config.tls.cert, config.tls.key, config.tls.client_ca) == (b"server.crt", b"server.key", b"ca.crt")
+    assert list(config.users) == ["prometheus"]
+
+
+def a_notice() -> dict[str, Any]:
+    alert = Alert("ublk3/7/pinned", AlertKind.PINNED, Severity.WARNING, "it is", 1.0, 3, 7)
+    return notice_object(alert, State.RAISED, host="a", version="1", labels={})
+
+
+def names_in_readme(beginning: str, end: str) -> set[str]:
+    """What stands in backticks in one sentence, without what is in brackets after it."""
+    (sentence,) = re.findall(rf"{beginning}(.*?){end}", README.read_text(), re.DOTALL)
+    return set(re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", sentence)))
+
+
+def test_readme_names_every_key_of_a_webhooks_body_and_no_other() -> None:
+    assert names_in_readme("Its keys: ", r"\. With a secret") == a_notice().keys()
+
+
+def test_readme_names_every_variable_of_a_sinks_command_and_no_other() -> None:
+    known = names_in_readme("Its environment is ", ": the webhook's object")
+    given = {name.removeprefix("DUENDE_UBLKD_ALERT_") for name in environment(a_notice())}
+    assert known - {"DUENDE_UBLKD_ALERT_"} == given
+
+
+def test_every_link_in_readme_leads_somewhere() -> None:
+    text = README.read_text()
+    anchors = headings()
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(links) > 10
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        if link.startswith("#"):
+            assert link[1:] in anchors, link
+        else:
+            assert (REPOSITORY / link).exists(), link
 
 
 @pytest.fixture
