@@ -26,6 +26,7 @@ if [ "$want" = lab ]; then
     need e2fsprogs command -v mke2fs
     need dmsetup command -v dmsetup
     need util-linux command -v setpriv
+    need openssl command -v openssl
     # A container has none; the guest starts the daemon's unit with it.
     need systemd command -v systemctl
 fi
