@@ -845,6 +845,31 @@ time.sleep(100)
 """
 
 
+def test_a_writer_that_takes_its_time_to_end_is_no_trouble_and_has_none_beside_it(place: Path) -> None:
+    heard = Heard()
+    slow = A_LAGGARD.replace("sleep(100)", "sleep(0.5)")
+    started: list[subprocess.Popen[bytes]] = []
+
+    def spawn(argv: Sequence[str], stdin: int) -> None:
+        assert all(each.poll() is not None for each in started)
+        started.append(subprocess.Popen(argv if started else [sys.executable, "-c", slow], stdin=stdin))
+
+    async def scenario() -> None:
+        async with opened(place, heard, spawn=spawn) as store:
+            assert store.writer_pid
+            os.kill(store.writer_pid, signal.SIGKILL)
+            await until(lambda: len(started) == 2)
+            await until(lambda: len(heard.recovered) == 1)
+
+    try:
+        run(scenario())
+    finally:
+        for each in started:
+            each.kill()
+            each.wait()
+    assert not [each for each in heard.troubles if "hangs" in each]
+
+
 def test_no_writer_is_spawned_beside_one_that_hangs_while_it_ends(place: Path) -> None:
     heard = Heard()
     laggards: list[subprocess.Popen[bytes]] = []

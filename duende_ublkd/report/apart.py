@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 PACKET = 64 << 10
 """Bytes of one message, at most."""
 LOOK_AT_THE_DEAD = 0.05
-"""Seconds from a program's socket closing to its status being there, generously."""
+"""Seconds from a program's socket closing to its status being there, mostly."""
+ENDS_WITHIN = 2.0
+"""Seconds from there on after which it hangs; before, the machine may just be busy."""
 
 _PACKETS_AT_ONCE = 16
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
@@ -66,6 +68,7 @@ class Apart:
         self._loop = asyncio.get_running_loop()
         self._talk: _Talk | None = None
         self._dying: _Process | None = None
+        self._left_at = 0.0  # on the loop's clock
         self._outbox: deque[bytes] = deque()
         self._is_full = False  # the socket; the loop says when it no longer is
 
@@ -88,6 +91,12 @@ class Apart:
     def has_ended(self) -> bool:
         """Whether nothing of it runs any more, as far as can be told."""
         return self._talk is None and (self._dying is None or self._dying.has_ended())
+
+    @property
+    def is_ending(self) -> bool:
+        """It has closed its socket just now and runs still: too early for the next one, and no trouble."""
+        in_time = self._loop.time() - self._left_at < ENDS_WITHIN
+        return in_time and self._dying is not None and not self._dying.has_ended()
 
     @property
     def how_it_ended(self) -> str:
@@ -138,6 +147,7 @@ class Apart:
             self._loop.remove_writer(self._talk.socket)
             self._talk.socket.close()
             self._dying, self._talk = self._talk.process, None
+            self._left_at = self._loop.time()
         self._is_full = False
         self._outbox.clear()
 

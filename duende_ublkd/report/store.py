@@ -427,6 +427,9 @@ class Store:
         self._send(request if isinstance(request, str) else {"id": flight.number, **request})
 
     def _start_writer(self) -> bool:
+        if self._writer.is_ending:
+            self._try_later()
+            return False
         try:
             self._writer.start()
         except DuendeError as error:

@@ -174,6 +174,9 @@ class Courier:
     def _start(self) -> None:
         if self._apart.is_there or self._retry or self._closed:
             return
+        if self._apart.is_ending:
+            self._try_later()
+            return
         self._joiner = wire.Joiner()
         self._has_failed = False
         try:
