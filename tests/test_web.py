@@ -1135,3 +1135,20 @@ async def _listen_once(path: str) -> None:
     server = WebServer(ASource(), Metrics())
     await server.listen_local(path)
     await server.close()
+
+
+LOADED = """
+import os, sys
+import duende_ublkd.report.web, aiohttp.connector
+loaded = aiohttp.connector._SSL_CONTEXT_VERIFIED.get_ca_certs()
+print(len(loaded), os.environ.get("SSL_CERT_FILE"), "SSL_CERT_DIR" in os.environ)
+"""
+
+
+@pytest.mark.parametrize("bundle", [None, "/etc/ssl/certs/ca-certificates.crt"])
+def test_the_servers_own_import_reads_no_authorities_and_leaves_the_environment_as_it_is(bundle: str | None) -> None:
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.fspath(Path(__file__).parents[1])}
+    if bundle:
+        environment["SSL_CERT_FILE"] = bundle
+    run = subprocess.run([sys.executable, "-c", LOADED], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["0", str(bundle), "False"]
