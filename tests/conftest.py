@@ -1,5 +1,11 @@
-"""Guests boot in the background as soon as the tests are collected, one emulated CPU each, and are waited for last."""
+"""For all tests.
 
+1. Guests boot in the background as soon as the tests are collected, one emulated CPU each, and are waited for last.
+2. Generated examples are the same on every machine, and a busy machine is no mistake; `HYPOTHESIS_PROFILE=search` goes
+   looking for new ones.
+"""
+
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -7,6 +13,20 @@ import pytest
 from tests.lab.suite import GuestSuite
 
 GUESTS = pytest.StashKey[dict[str, GuestSuite]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("hypothesispytest"):
+        return  # in a guest: it has no such tests, and importing hypothesis takes long there
+    from hypothesis import HealthCheck, settings  # noqa: PLC0415 - see above
+
+    settings.register_profile(
+        "suite",
+        deadline=None,
+        derandomize=os.environ.get("HYPOTHESIS_PROFILE") != "search",
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    settings.load_profile("suite")
 
 
 def _guest_kernel(item: pytest.Item) -> str | None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import bcrypt
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duende_ublkd.core.webconfig import ClientAuth, TlsConfig, TlsVersion, WebConfig
@@ -396,7 +396,7 @@ def test_no_header_lets_anybody_in_or_breaks_anything() -> None:
     pieces = st.sampled_from(["Basic ", "basic\t", "Bearer ", "YWxpY2U6cmlnaHQ", "=", "\udcff", "alice:right", "\0"])
     encoded = st.binary(max_size=90).map(lambda data: f"Basic {base64.b64encode(b'alice:' + data).decode()}")
 
-    @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+    @settings(max_examples=150)
     @given(st.none() | st.text(max_size=60) | st.lists(pieces, max_size=4).map("".join) | encoded)
     def fuzz(header: str | None) -> None:
         is_right = header is not None and header.partition(" ")[2].strip().rstrip("=") == "YWxpY2U6cmlnaHQ"
@@ -511,7 +511,7 @@ def test_whatever_is_said_instead_of_a_handshake_the_next_client_is_served(
                 while channel.recv(1 << 16):
                     pass
 
-        @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+        @settings(max_examples=60)
         @given(st.integers(0, len(hello)), st.integers(0, 40), st.binary(max_size=30), st.booleans())
         def fuzz(at: int, drop: int, piece: bytes, whole: bool) -> None:  # noqa: FBT001
             say((hello if whole else b"")[:at] + piece + hello[at + drop :])

@@ -166,7 +166,7 @@ HOSTILE = st.text(max_size=300) | st.sampled_from(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @example({"summary": ENCODED})
 @given(
     st.dictionaries(st.sampled_from(["summary", "host", "kind", "severity", "key", "over_why", "runbook_url"]), HOSTILE)

@@ -376,7 +376,7 @@ def test_an_object_of_a_sink_is_json_under_the_files_own_names(sink: SinkKind) -
 
 
 @given(st.text(max_size=60) | st.from_regex(r"https?://[^\s]{0,40}", fullmatch=True))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_text_for_a_url_a_server_or_an_address_is_taken_or_explained(text: str) -> None:
     value = json.dumps(text)
     for sink, key in (("webhook", "url"), ("mail", "server"), ("mail", "from"), ("mail", "kinds"), ("mail", "name")):

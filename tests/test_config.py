@@ -1016,7 +1016,6 @@ WHOLE_FACTS = st.builds(
 LOSSES = ["dev_id", "comm", "exe", "unit", "owner_uid", "flags", "server", "end of comm"]
 
 
-@settings(deadline=None)  # a busy machine is no mistake
 @given(CONFIGS, WHOLE_FACTS, st.sets(st.sampled_from(LOSSES)))
 def test_a_missing_fact_never_makes_a_policy_less_careful(config: Config, whole: DeviceFacts, lost: set[str]) -> None:
     hidden: dict[str, Any] = dict.fromkeys(lost - {"server", "end of comm"})
@@ -1035,7 +1034,6 @@ def test_a_missing_fact_never_makes_a_policy_less_careful(config: Config, whole:
     assert with_less.recovery_deadline >= with_all.recovery_deadline
 
 
-@settings(deadline=None)
 @given(st.text(), st.text(), st.text())
 def test_no_name_of_a_server_breaks_the_choice(comm: str, exe: str, unit: str) -> None:
     config = rules('match = { server = "[a-*" }', 'match = { server = "*b*", unit = "*.c" }')
@@ -1124,7 +1122,6 @@ LAYOUT = st.tuples(st.sampled_from(LAYOUTS), st.sampled_from(FILLERS))
 TABLE = st.tuples(st.sampled_from(["[daemon{n}]", "[[device]]", "[ 'other{n}' ]"]), st.lists(LAYOUT, max_size=4))
 
 
-@settings(deadline=None)
 @given(st.lists(TABLE, max_size=5), st.sampled_from(["\n", "\r\n", "\n\n"]))
 def test_the_line_of_every_problem_holds_its_key(tables: list[tuple[str, list[tuple[str, str]]]], newline: str) -> None:
     """Every key is unknown, and unlike every other, so each problem has one right line."""
@@ -1202,7 +1199,6 @@ def loads_or_explains(text: bytes) -> None:
 
 
 @given(st.binary())
-@settings(deadline=None)
 @example(b"[" * 9000)
 @example(b"a = " + b"[" * 300 + b"]" * 300)
 @example(b"a = " + b"{ a = " * 100 + b"1" + b"}" * 100)
@@ -1213,7 +1209,7 @@ def test_any_bytes_load_or_are_explained(text: bytes) -> None:
 
 
 @given(st.lists(CHANGE, min_size=1, max_size=4))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_change_to_a_real_file_loads_or_is_explained(changes: list[tuple[int, int, bytes]]) -> None:
     text = ALL_KEYS
     for at, drop, piece in changes:
@@ -1222,7 +1218,7 @@ def test_any_change_to_a_real_file_loads_or_is_explained(changes: list[tuple[int
 
 
 @given(st.text(alphabet="[]{}=.,\"'#\n\\ab1 ", max_size=60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_lines_are_looked_for_in_any_text_without_an_end_or_an_error(text: str) -> None:
     assert all(line >= 1 for line in key_lines(text).values())
 

@@ -957,7 +957,7 @@ class History:
         self.tests.append(asyncio.ensure_future(self.bureau.desk.test(sink)))
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=120)
 @given(st.lists(STEPS, max_size=40))
 @example([("raise", "a"), ("kill", None)])
 @example([("down", "hook"), ("raise", "a"), ("well", "a"), ("wait", 15.0), ("raise", "a"), ("kill", None)])

@@ -51,8 +51,6 @@ def fuzzed(examples: int) -> settings:
     """So many, a hundred times as many in a search."""
     return settings(
         max_examples=examples * (100 if SEARCHES else 1),
-        deadline=None,
-        derandomize=not SEARCHES,
         database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
     )

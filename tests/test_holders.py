@@ -114,7 +114,6 @@ def mangled(path: bytes) -> bytes:
     return b"".join(b"\\%03o" % byte if byte in b" \t\n\\#" else bytes([byte]) for byte in path)
 
 
-@settings(deadline=None)
 @given(PATHS, PATHS, st.lists(st.sampled_from([b"shared:1", b"master:7", b"unbindable"]), max_size=3))
 def test_a_mount_line_comes_back_as_it_was_whatever_the_paths_hold(
     mountpoint: bytes, source: bytes, optional: list[bytes]
@@ -136,7 +135,6 @@ def test_a_mount_line_comes_back_as_it_was_whatever_the_paths_hold(
     assert mount == Mount((259, 7), "/", os.fsdecode(mountpoint), "ext4", os.fsdecode(source), "rw")
 
 
-@settings(deadline=None)
 @given(st.binary() | st.lists(st.sampled_from([b" ", b"-", b":", b"9", b"/", b"\\04", b"\\777", b"\n"])).map(b"".join))
 def test_no_text_of_the_kernel_makes_a_parser_fail(text: bytes) -> None:
     for line in text.split(b"\n"):
@@ -429,7 +427,7 @@ def test_hostile_names_are_neither_lost_nor_shown_raw(machine: Machine) -> None:
         assert len(holder.what) <= 120
 
 
-@settings(max_examples=25, deadline=None)  # each one makes a tree of files
+@settings(max_examples=25)  # each one makes a tree of files
 @given(st.binary(), st.binary())
 def test_random_tables_never_break_a_look(tmp_path_factory: pytest.TempPathFactory, table: bytes, swaps: bytes) -> None:
     machine = Machine(tmp_path_factory.mktemp("machine"))

@@ -326,7 +326,7 @@ def test_foreign_text_is_shown_and_does_nothing() -> None:
     assert not re.search("[\u202a-\u202e\u2066-\u2069\x1b\u200e\u200f]", body)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(st.characters(), max_size=60))
 def test_no_text_at_all_changes_what_the_page_is_made_of(text: str) -> None:
     view = hostile_view(f"a{text}")

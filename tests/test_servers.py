@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from duende_ublkd.core.model import Condition
@@ -80,7 +80,6 @@ def open_descriptors() -> int:
 # --- printable -------------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.text() | st.binary(), st.integers(1, 300))
 def test_whatever_a_name_holds_one_bounded_printable_line_is_shown(text: str | bytes, limit: int) -> None:
     shown = printable(text, limit)
@@ -88,7 +87,6 @@ def test_whatever_a_name_holds_one_bounded_printable_line_is_shown(text: str | b
     assert len(shown) <= limit
 
 
-@settings(deadline=None)
 @given(st.text(st.characters(categories=["L", "N", "P"]), max_size=50))
 def test_an_honest_name_is_shown_as_it_is(text: str) -> None:
     assert printable(text) == text
@@ -287,14 +285,12 @@ def test_a_hostile_name_reaches_nobody_unescaped(tmp_path: Path) -> None:
     assert seen.start_time == 4242
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=15), st.integers(0, 2**63))
 def test_no_name_can_forge_the_start_time(comm: bytes, start: int) -> None:
     stat = b"7 (%s) S 1 %s%d 9 9\n" % (comm, b"3 " * 17, start)
     assert start_time_of(stat) == start
 
 
-@settings(deadline=None)
 @given(st.binary())
 def test_no_text_of_a_process_makes_a_parser_fail(text: bytes) -> None:
     assert isinstance(unit_of(text), str)

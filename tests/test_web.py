@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from duende_ublkd.client import DaemonClient, DaemonLostError, DaemonNotRunningError
@@ -618,7 +618,7 @@ def test_no_body_brings_a_traceback_or_a_hold_that_cannot_be(path: str, caplog: 
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
 
-    @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=150)
+    @settings(max_examples=150)
     @given(st.sampled_from(["/api/v1/hold", "/api/v1/release"]), _bodies)
     def fuzz(where: str, body: bytes) -> None:
         with socket.socket(socket.AF_UNIX) as channel:

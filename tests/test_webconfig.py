@@ -268,13 +268,13 @@ def test_a_file_full_of_one_sign_is_read_in_no_time(piece: str) -> None:
 
 
 @given(st.text(alphabet="[]{}:-?*&!|>'\"%@`# \n\tab1.,", max_size=80) | st.binary(max_size=40))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_text_is_taken_or_refused(text: str | bytes) -> None:
     is_taken_or_refused(text)
 
 
 @given(st.integers(0, len(WHOLE)), st.integers(0, 12), st.sampled_from(["", ":", "\n", "- ", "x", "[", "*a", "!", "'"]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_change_to_a_real_file_is_taken_or_refused(at: int, drop: int, piece: str) -> None:
     is_taken_or_refused(WHOLE[:at] + piece + WHOLE[at + drop :])
 
