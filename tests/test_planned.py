@@ -49,7 +49,9 @@ def directory() -> Iterator[Path]:
 class ADaemon:
     """The real server on its real socket, over a source that is told what to say."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *seqs: int) -> None:
+        """`seqs`: what it remembers when it begins to listen."""
+        self._seqs = seqs
         self._path = f"{directory}/api.sock"
         self._loop: AbstractEventLoop = new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
@@ -68,6 +70,8 @@ class ADaemon:
 
     async def _start(self) -> None:
         self.source = ASource()
+        for seq in self._seqs:
+            self.source.add(a_record(seq, dev_id=3, text="it happened"))
         self._server = WebServer(self.source, Metrics(), Times(heartbeat=0.2))
         await self._server.listen_local(self._path)
 
@@ -250,8 +254,7 @@ def test_without_a_daemon_events_come_from_the_journal_that_it_left(directory: P
     assert [(event["seq"], event["facts"]) for event in told] == [(seqs[2], {"errno": 16})]
     with AFollower(directory, "--json", "--limit", "1", *options) as follower:
         assert follower.seq() == seqs[2]
-        with ADaemon(directory) as daemon:
-            daemon.add(*seqs, seqs[2] + 1)
+        with ADaemon(directory, *seqs, seqs[2] + 1):
             assert follower.seq() == seqs[2] + 1
 
 
@@ -382,13 +385,11 @@ def test_a_follower_outlives_the_daemon_and_misses_nothing(directory: Path) -> N
         wait(lambda: daemon.source.following == 1)
     with follower:
         assert "waiting for it to come back" in follower.error()
-        with ADaemon(directory) as daemon:
-            daemon.add(1, 2, 3)
+        with ADaemon(directory, 1, 2, 3):
             assert [follower.seq() for _ in range(2)] == [2, 3]
             assert follower.error() == "duende-ublkd: the daemon is back\n"
         assert "waiting for it to come back" in follower.error()
-        with ADaemon(directory) as daemon:  # one that has lost its journal
-            daemon.add(1, 2)
+        with ADaemon(directory, 1, 2):  # one that has lost its journal
             assert [follower.seq() for _ in range(2)] == [1, 2]
 
 
