@@ -11,6 +11,7 @@ Rules:
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import fields, is_dataclass
 from enum import Enum
@@ -64,11 +65,14 @@ def is_question(options: argparse.Namespace) -> bool:
 def run(options: argparse.Namespace, default_path: str, devices: Sequence[tuple[str, DeviceFacts]] | str) -> ExitCode:
     """Print what there is to say of a file. `devices`: those present; a text: why they cannot be shown.
 
-    Raises ConfigError for a file that is wrong; with --json, after its mistakes were printed.
+    `default_path`: where it is when none is named; that need not be there. Raises ConfigError for a file that is wrong;
+    with --json, after its mistakes were printed.
     """
-    path = options.file or options.config or default_path
+    named = options.file or options.config
+    path = named or default_path
+    is_there = named is not None or os.access(path, os.F_OK)
     try:
-        config = read_config(path, with_web=True)
+        config = read_config(path if is_there else None, with_web=True)
     except InvalidConfigError as error:
         if options.json:
             _say(json.dumps({"file": path, "ok": False, "problems": _problems(error)}, indent=2))
@@ -79,10 +83,11 @@ def run(options: argparse.Namespace, default_path: str, devices: Sequence[tuple[
     warnings = _warnings(config)
     if options.json:
         found = [_as_object(facts, choice) for _, facts, choice in chosen]
-        answer = {"file": path, "ok": True, "device_tables": tables, "devices": found, "note": note or None}
-        _say(json.dumps({**answer, "alerts": _sinks(config), "warnings": warnings}, indent=2))
+        answer = {"file": path if is_there else None, "ok": True, "device_tables": tables, "devices": found}
+        _say(json.dumps({**answer, "note": note or None, "alerts": _sinks(config), "warnings": warnings}, indent=2))
         return ExitCode.DONE
-    _say(f"{printable(path)}: right" + (f", {tables} [[device]] table{'s' if tables > 1 else ''}" if tables else ""))
+    what = printable(path) if is_there else f"no {path}, so the built-in defaults"
+    _say(f"{what}: right" + (f", {tables} [[device]] table{'s' if tables > 1 else ''}" if tables else ""))
     for sink in config.alerts:
         _say(f"alerts of {sink}")
     for name, _, choice in chosen:
@@ -135,7 +140,13 @@ def _say(text: str) -> None:
 
 def _problems(error: InvalidConfigError) -> list[dict[str, Any]]:
     return [
-        {"line": problem.line or None, "key": problem.key, "what": problem.what, "hint": problem.hint}
+        {
+            "file": problem.file,
+            "line": problem.line or None,
+            "key": problem.key,
+            "what": problem.what,
+            "hint": problem.hint,
+        }
         for problem in error.problems
     ]
 

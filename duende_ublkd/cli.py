@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, NoReturn
 
 from duende_ublkd import __version__, check_config, planned, trial
@@ -29,7 +29,7 @@ from duende_ublkd.report import present
 from duende_ublkd.report.journal import set_up_logging
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from duende_ublkd.core.model import Deed, Judged, PassReport
 
@@ -62,11 +62,11 @@ def run(arguments: Sequence[str]) -> ExitCode:
         return planned.run(options)
     if command == "clean" and options.now and not options.ids:
         raise UsageError("--now takes the ids that are your own", hint="duende-ublkd clean --now 3")
-    config = read_config(options.config, with_web=command == "run")
-    if getattr(options, "dry_run", False):
-        config = replace(config, daemon=replace(config.daemon, dry_run=True))
+    dry_run = getattr(options, "dry_run", False)
+    read = partial(read_config, options.config, with_web=command == "run", dry_run=dry_run)
+    config = read()
     if command == "run":
-        return _run_daemon(config, options.config)
+        return _run_daemon(config, read)
     os.close(open_control_device())
     if command == "clean":
         return asyncio.run(_clean(config, options))
@@ -78,8 +78,8 @@ def run(arguments: Sequence[str]) -> ExitCode:
     return ExitCode.DONE
 
 
-def _run_daemon(config: Config, path: str | None) -> ExitCode:
-    """Until it is told to stop. LogHangsError: it is done, however it ended, and cannot even say so."""
+def _run_daemon(config: Config, read: Callable[[], Config]) -> ExitCode:
+    """Until it is told to stop; `read`: anew. LogHangsError: it is done, however it ended, and cannot even say so."""
     keep_threads_small()
     if config.daemon.lock_memory:
         reclaim_without_io()  # what it cannot have, it does without
@@ -89,7 +89,7 @@ def _run_daemon(config: Config, path: str | None) -> ExitCode:
 
     code = ExitCode.DONE
     try:
-        asyncio.run(daemon.run(config, path))
+        asyncio.run(daemon.run(config, read))
     except BaseException as error:
         code = error.exit_code if isinstance(error, DuendeError) else ExitCode.LEFT_OVER
         raise
@@ -250,10 +250,11 @@ def _deed_line(deed: Deed, reason: str) -> str:
 
 async def _clean(config: Config, options: argparse.Namespace) -> ExitCode:
     report = _CleanReport(quiet=options.json)
-    parts = Parts(config, (report,), without_grace=tuple(options.ids) if options.now else (), one_shot=True)
+    named = tuple(options.ids)
+    parts = Parts(config, (report,), named=named, without_grace=named if options.now else (), one_shot=True)
     try:
         ask_daemon(parts.reconciler)
-        await settle(parts, set(options.ids) or None, act=True)
+        await settle(parts, set(named) or None, act=True)
         devices = list(parts.reconciler.devices.values())
     finally:
         await parts.close()
@@ -277,4 +278,4 @@ async def _clean(config: Config, options: argparse.Namespace) -> ExitCode:
         for device in left:
             print(f"ublk{device.seen.dev_id} left, {device.verdict.kind.value}: {device.verdict.reason}")
         print(f"Cleaned {len(cleaned)} orphaned devices")
-    return ExitCode.LEFT_OVER if left else ExitCode.DONE
+    return ExitCode.LEFT_OVER if left or would else ExitCode.DONE

@@ -42,7 +42,7 @@ class DaemonLostError(DuendeError):
 
 
 def run_directory() -> str:
-    """Where the daemon's socket and holds are.
+    """Where the daemon's lock, socket and holds are.
 
     Of RUNTIME_DIRECTORY, only a directory with the daemon's name is taken: a unit of somebody else's, whose ExecStartPre=
     runs `duende-ublkd clean`, has one of its own there, and would find no holds in it.

@@ -20,19 +20,20 @@ from typing import TYPE_CHECKING
 
 from duende_ublkd import __version__
 from duende_ublkd.carriers import Carriers
+from duende_ublkd.client import run_directory
 from duende_ublkd.core.alerting import RUNBOOK
 from duende_ublkd.core.errors import DuendeError, KernelUnavailableError
 from duende_ublkd.core.model import EventKind, Level, feature_names
 from duende_ublkd.core.text import printable
 from duende_ublkd.kernel.control import open_control_device
 from duende_ublkd.kernel.memory import keep_what_is_there, lock_memory, locked_bytes
-from duende_ublkd.kernel.process import SoleDaemon, run_directory, tell_service_manager, watchdog_patience
+from duende_ublkd.kernel.process import SoleDaemon, make_run_directory, tell_service_manager, watchdog_patience
 from duende_ublkd.kernel.ring import CANCEL_GRACE
 from duende_ublkd.kernel.selfwatch import SelfWatch, longest_look
 from duende_ublkd.kernel.servers import DeathWatch
 from duende_ublkd.kernel.udev import NodeWatch, Uevents
 from duende_ublkd.lasting import Lasting
-from duende_ublkd.parts import Parts, read_config
+from duende_ublkd.parts import Parts
 from duende_ublkd.report import objects, present
 from duende_ublkd.report.metrics import Metrics
 from duende_ublkd.report.page import Health, Pages, View
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from duende_ublkd.core.config import Config
-    from duende_ublkd.core.holds import Hold
+    from duende_ublkd.core.holds import Hold, Released
     from duende_ublkd.core.model import DriverFacts, Judged, PassReport, Process
     from duende_ublkd.report.page import Page
     from duende_ublkd.report.store import Record
@@ -57,11 +58,11 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Daemon:
     """One run of the daemon; also the listener of its own hints and the source of its own pages."""
 
-    def __init__(self, config: Config, path: str | None, directory: str) -> None:
-        """`path`: of the configuration file, `directory`: the run directory."""
+    def __init__(self, config: Config, read: Callable[[], Config], directory: str) -> None:
+        """`read`: the configuration anew. `directory`: the run directory."""
         self._config = config
         self._directory = directory
-        self._path = path
+        self._read = read
         self._loop = asyncio.get_running_loop()
         self._stop = asyncio.Event()
         self._ready = False
@@ -132,8 +133,8 @@ class Daemon:
         """Hands off a device for so long."""
         return self._lasting.hold(dev_id, seconds, why, uid)
 
-    def release(self, dev_id: int, uid: int) -> tuple[Hold | None, int]:
-        """End a hold, and have recovery begin anew."""
+    def release(self, dev_id: int, uid: int) -> Released:
+        """End a hold, and begin anew with what was given up."""
         return self._lasting.release(dev_id, uid)
 
     async def read_events(
@@ -388,7 +389,7 @@ class Daemon:
     async def _take_config(self) -> str:
         tell_service_manager(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
-            config = await _in_a_thread(lambda: read_config(self._path, with_web=True))
+            config = await _in_a_thread(self._read)
             if config.http.listen != self._config.http.listen:
                 web = await self._listen(config)
                 if self._web:
@@ -485,11 +486,12 @@ def _needs_restart(old: Config, new: Config) -> str:
     return f"; {changed} as before until systemctl restart duende-ublkd" if changed else ""
 
 
-async def run(config: Config, path: str | None) -> None:
-    """Run the daemon until a signal stops it."""
+async def run(config: Config, read: Callable[[], Config]) -> None:
+    """Run the daemon until a signal stops it. `read`: the configuration anew."""
     directory = run_directory()
+    make_run_directory(directory)
     lock = SoleDaemon(directory)
     try:
-        await Daemon(config, path, directory).run()
+        await Daemon(config, read, directory).run()
     finally:
         lock.close()

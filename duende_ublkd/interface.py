@@ -81,7 +81,7 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Cleanup:
-    """What came of a clean-up. `left` empty means: nothing orphaned is there any more.
+    """What came of a clean-up. `left` and `would_clean` empty means: nothing orphaned is there any more.
 
     `left`: what is orphaned, pinned, closing, wedged or unknown; of ids that were named, also what is starting.
     """
@@ -257,7 +257,8 @@ def cleanup_orphaned_devices(
 ) -> Cleanup:
     """Delete orphaned devices, once, as `duende-ublkd clean` does: by the same configuration, with the same checks.
 
-    `ids`: only these; None: all there are. `now`: these ids are the caller's own, so that their grace is not waited for.
+    `ids`: only these, and whatever the configuration says of orphans; None: all that it lets be deleted.
+    `now`: these ids are the caller's own, so that their grace is not waited for.
     `dry_run`: change nothing. `config` as of `detect_orphaned_devices`, and so are the errors; UsageError: `now` without
     ids. A device that could not be deleted is no error: it is in `left`, with the reason.
     """
@@ -271,7 +272,7 @@ def cleanup_orphaned_devices(
     async def clean() -> Cleanup:
         deeds = _Deeds()
         own = tuple(named) if named and now else ()
-        async with _parts(chosen, deeds, without_grace=own) as parts:
+        async with _parts(chosen, deeds, named=tuple(named or ()), without_grace=own) as parts:
             await settle(parts, named, act=True)
             return _cleanup(parts.reconciler.devices.values(), deeds.done, named=named is not None)
 
@@ -293,11 +294,16 @@ def lock_memory(*, small_threads: bool = False) -> None:
 
 @contextlib.asynccontextmanager
 async def _parts(
-    config: Config, deeds: _Deeds | None = None, *, without_grace: tuple[int, ...] = (), one_shot: bool = True
+    config: Config,
+    deeds: _Deeds | None = None,
+    *,
+    named: tuple[int, ...] = (),
+    without_grace: tuple[int, ...] = (),
+    one_shot: bool = True,
 ) -> AsyncIterator[Parts]:
     """The daemon's parts for one call, all of them given back."""
     os.close(open_control_device())
-    parts = Parts(config, (deeds,) if deeds else (), without_grace=without_grace, one_shot=one_shot)
+    parts = Parts(config, (deeds,) if deeds else (), named=named, without_grace=without_grace, one_shot=one_shot)
     ask_daemon(parts.reconciler)  # it knows what it is about to recover
     try:
         yield parts

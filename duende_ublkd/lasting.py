@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from duende_ublkd.core.config import duration_text
 from duende_ublkd.core.errors import DuendeError, UsageError
-from duende_ublkd.core.holds import LONGEST_TIME, MOST_TEXT, Hold, Holds, NotAllowedError, may_change
+from duende_ublkd.core.holds import LONGEST_TIME, MOST_TEXT, Hold, Holds, NotAllowedError, Released, may_change
 from duende_ublkd.core.model import EventKind, Level
 from duende_ublkd.core.text import printable
 from duende_ublkd.kernel import holdfile, runfile
@@ -222,17 +222,21 @@ class Lasting:
         self._note_hold(text, hold, "set")
         return hold
 
-    def release(self, dev_id: int, uid: int) -> tuple[Hold | None, int]:
-        """End a hold, and have recovery begin anew; which hold, and how many attempts. NotAllowedError: not by this user."""
+    def release(self, dev_id: int, uid: int) -> Released:
+        """End a hold, and begin anew with what was given up. NotAllowedError: not by this user."""
         self._check_right(dev_id, uid)
-        hold, attempts = self._the_reconciler.release(dev_id)
-        if hold:
-            self._note_hold(f"ublk{dev_id} released by {_who(uid)}", hold, "released")
-        if attempts:
+        released = self._the_reconciler.release(dev_id)
+        if released.hold:
+            self._note_hold(f"ublk{dev_id} released by {_who(uid)}", released.hold, "released")
+        if attempts := released.attempts:
             text = f"ublk{dev_id}: {attempts} attempts to recover it are forgotten, says {_who(uid)}"
             self.journal.note(EventKind.RECOVERY, Level.INFO, text, dev_id, attempts=attempts)
+        if released.overdue:
+            text = f"ublk{dev_id}: {released.overdue} of an earlier daemon is over, says {_who(uid)}"
+            self.journal.note(EventKind.ACTION, Level.INFO, text, dev_id, command=released.overdue)
+        if released.attempts or released.overdue:
             self._save_device(dev_id)
-        return hold, attempts
+        return released
 
     def on_hold_ended(self, hold: Hold, why: str) -> None:
         """A hold ended by itself."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from duende_ublkd.core import config as configuration
 from duende_ublkd.core import recovery
-from duende_ublkd.core.errors import ConfigError, UsageError
+from duende_ublkd.core.errors import UsageError
 from duende_ublkd.core.text import printable
 from duende_ublkd.core.webconfig import MOST_FILE_BYTES
 from duende_ublkd.kernel import ownership
@@ -40,24 +40,26 @@ DEFAULT_PATH = "/etc/duende-ublkd/config.toml"
 FINISH_FOR = 1.5  # seconds for deeds under way when told to stop; what is left is the kernel's to finish
 
 
-def read_config(path: str | None, *, with_web: bool = False) -> Config:
+def read_config(path: str | None, *, with_web: bool = False, dry_run: bool = False) -> Config:
     """The configuration at `path`; None: the default place, or the built-in defaults where that does not exist.
 
     Refused, as a ConfigError: what others may change, the commands in it included. It may wait for disks.
-    `with_web`: and who is let in by HTTP, which is nothing to a command that serves nobody.
+    `with_web`: and who is let in by HTTP, which is nothing to a command that serves nobody. `dry_run`: whatever it says.
     """
-    where = path or DEFAULT_PATH
+    config = _read(path or DEFAULT_PATH, is_optional=path is None)
+    if with_web and config.http.web_config_file:
+        config = replace(config, web=read_web(config.http.web_config_file))
+    return replace(config, daemon=replace(config.daemon, dry_run=True)) if dry_run else config
+
+
+def _read(where: str, *, is_optional: bool) -> Config:
     try:
-        config = configuration.load(_read_trusted(where), where, check=_check_command)
-        _known_users.update(users_of(config))
-        if with_web and config.http.web_config_file:
-            config = replace(config, web=read_web(config.http.web_config_file))
-        return config  # noqa: TRY300 - what else could fail is caught here on purpose
+        return configuration.load(_read_trusted(where), where, check=_check_rule)
     except ownership.Doubt as doubt:
         what = printable(str(doubt), 1000)
         raise configuration.refused(where, f"not believed: {what}", doubt.hint) from doubt
     except FileNotFoundError as error:
-        if path is None:
+        if is_optional:
             return configuration.Config()
         raise configuration.unreadable(where, error) from error
     except OSError as error:
@@ -91,6 +93,9 @@ def read_web(where: str) -> WebConfig:
         access.check(config, where)
     except ownership.Doubt as doubt:
         raise configuration.refused(where, f"not believed: {printable(str(doubt), 1000)}", doubt.hint) from doubt
+    except FileNotFoundError as error:
+        hint = "[http] web_config_file names it: write it, or take the key away"
+        raise configuration.refused(where, "no such file", hint) from error
     except OSError as error:
         raise configuration.unreadable(where, error) from error
     return config
@@ -112,8 +117,17 @@ def _read_trusted(where: str, *, most: int = configuration.MAX_BYTES, is_secret:
         return reader.read(most + 1)
 
 
-def _check_command(rule: Recovery | SinkConfig) -> None:
-    """WrongValueError: others may change the program. One that is not there, or not known yet, is for when it is run."""
+def _check_rule(rule: Recovery | SinkConfig) -> None:
+    """WrongValueError: others may change the program, or there is no such user.
+
+    A program that is not there, or not known yet, is for when it is run. Users are looked up now: an act must not wait
+    for whoever knows them, who may be unreachable when a disk is.
+    """
+    if rule.user:
+        try:
+            _known_users[rule.user] = resolve_user(rule.user)
+        except UsageError as error:
+            raise configuration.WrongValueError(str(error), hint=error.hint, part="user") from error
     try:
         (program,) = _filled(rule, rule.command[:1])
         trust = _trust_of(rule)
@@ -132,13 +146,9 @@ def _filled(rule: Recovery | SinkConfig, parts: tuple[str, ...]) -> tuple[str, .
 
 
 def _trust_of(rule: Recovery | SinkConfig) -> ownership.Trust:
-    """Who may change what this rule runs. One whose user is not known is refused elsewhere."""
-    if rule.user is None:
-        return ownership.Trust()
-    try:
-        return ownership.Trust(resolve_user(rule.user).uid)
-    except UsageError:
-        return ownership.Trust()
+    """Who may change what this rule runs."""
+    known = _known_users.get(rule.user) if rule.user else None
+    return ownership.Trust(known.uid) if known else ownership.Trust()
 
 
 def doubtful_arguments(rule: Recovery | SinkConfig) -> list[tuple[int, str]]:
@@ -157,21 +167,12 @@ def doubtful_arguments(rule: Recovery | SinkConfig) -> list[tuple[int, str]]:
 
 
 _known_users: dict[str, Credentials] = {}
-"""Of every configuration that this process has read: an act must not wait for whoever knows the users."""
+"""Of every configuration that this process has read."""
 
 
-def users_of(config: Config) -> dict[str, Credentials]:
-    """Who its commands run as, looked up now: whoever is asked may be unreachable when a disk is."""
-    named = [("recover.user", policy.recover.user) for policy in config.policies() if policy.recover]
-    named += [(f"{sink.source}: user", sink.user) for sink in config.alerts]
-    found = {}
-    for key, user in named:
-        try:
-            if user:
-                found[user] = resolve_user(user)
-        except UsageError as error:
-            raise ConfigError(f"{key}: {error}", hint=error.hint) from error
-    return found
+def known_users() -> dict[str, Credentials]:
+    """Who the commands of the configurations that were read run as."""
+    return dict(_known_users)
 
 
 class Parts:
@@ -185,6 +186,7 @@ class Parts:
         on_command: Callable[[str, str, float], None] | None = None,
         on_trouble: Callable[[str], None] | None = None,
         on_hold_ended: Callable[[Hold, str], None] | None = None,
+        named: tuple[int, ...] = (),
         without_grace: tuple[int, ...] = (),
         one_shot: bool = False,
     ) -> None:
@@ -202,6 +204,7 @@ class Parts:
             config,
             Reporters(*reporters),
             self.agenda,
+            named=named,
             without_grace=without_grace,
             only_orphans=one_shot,
             on_hold_ended=on_hold_ended,
@@ -210,7 +213,7 @@ class Parts:
 
     def take(self, config: Config) -> None:
         """Go on with this configuration. Who the users in it are was looked up when it was read."""
-        self.kernel.users = dict(_known_users)
+        self.kernel.users = known_users()
         self.reconciler.config = config
         self.control.deadline = config.daemon.command_deadline
 

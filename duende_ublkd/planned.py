@@ -154,20 +154,20 @@ def _say_hold(holds: object, options: argparse.Namespace, seconds: float) -> Exi
 def _release(options: argparse.Namespace) -> ExitCode:
     client = DaemonClient(socket_path())
     if options.dry_run:
-        released, attempts, done = _find(client.get("/api/v1/holds"), options.id), 0, "would be released"
+        answer: object = {"released": _find(client.get("/api/v1/holds"), options.id)}
     else:
         answer = client.post("/api/v1/release", {"dev_id": options.id})
-        if not isinstance(answer, dict) or "released" not in answer:
-            raise not_understood()
-        released, attempts, done = answer["released"], answer.get("attempts_forgotten", 0), "released"
-    if attempts:
+    if not isinstance(answer, dict) or "released" not in answer:
+        raise not_understood()
+    if attempts := answer.get("attempts_forgotten"):
         print(f"ublk{options.id}: {attempts} attempts to recover it are forgotten, and begin anew")
-    if not released:
-        if attempts:
-            return ExitCode.DONE
+    if overdue := answer.get("overdue_forgotten"):
+        print(f"ublk{options.id}: {printable(str(overdue))} of an earlier daemon counts as over, and may be asked anew")
+    if answer["released"]:
+        print(f"ublk{options.id} {'would be ' if options.dry_run else ''}released")
+    elif not (attempts or overdue):
         print(f"ublk{options.id} was not on hold")
         return ExitCode.LEFT_OVER
-    print(f"ublk{options.id} {done}")
     return ExitCode.DONE
 
 

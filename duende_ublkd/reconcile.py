@@ -18,9 +18,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from duende_ublkd.core import policy, recovery
-from duende_ublkd.core.config import DeviceFacts
+from duende_ublkd.core.config import DeviceFacts, OnOrphan
 from duende_ublkd.core.errors import CommandError, CommandOverdueError, DuendeError, KernelUnavailableError
-from duende_ublkd.core.holds import Holds
+from duende_ublkd.core.holds import Holds, Released
 from duende_ublkd.core.ledger import Ledger, is_live
 from duende_ublkd.core.model import Action, Deed, Judged, Outcome, PassReport, VerdictKind
 from duende_ublkd.core.trail import NO_TRAIL
@@ -101,12 +101,14 @@ class Reconciler:
         reporter: Reporter,
         agenda: Agenda,
         *,
+        named: Collection[int] = (),
         without_grace: Collection[int] = (),
         only_orphans: bool = False,
         clock: Callable[[], float] = time.monotonic,
         on_hold_ended: Callable[[Hold, str], None] | None = None,
     ) -> None:
-        """`without_grace`: ids whose owner vouches for them (`clean --now`). `only_orphans`: a one-shot command, which
+        """`named`: ids that somebody wants deleted if they are orphaned, whatever the configuration says of orphans.
+        `without_grace`: ids whose owner vouches for them (`clean --now`). `only_orphans`: a one-shot command, which
         has not watched any deadline, leaves what waits for a server alone. `clock`: that of the observations.
         `on_hold_ended(hold, why)`: a hold ended by itself.
         """
@@ -119,6 +121,7 @@ class Reconciler:
         self._kernel = kernel
         self._reporter = reporter
         self._agenda = agenda
+        self._named = frozenset(named)
         self._without_grace = frozenset(without_grace)
         self._only_orphans = only_orphans
         self._on_hold_ended = on_hold_ended or (lambda _hold, _why: None)
@@ -243,17 +246,17 @@ class Reconciler:
         self.holds.set(hold)
         self._agenda.soon(hold.dev_id)
 
-    def release(self, dev_id: int) -> tuple[Hold | None, int]:
-        """End a hold; which one, and how many attempts to recover are forgotten: a person has looked at the device."""
+    def release(self, dev_id: int) -> Released:
+        """End a hold, and begin anew with what was given up: a person has looked at the device."""
         hold = self.holds.release(dev_id)
-        self.ledger.forget_overdue(dev_id)
+        overdue = self.ledger.forget_overdue(dev_id)
         history = self.ledger.get(dev_id)
         attempts = 0
         if history and not history.trail.is_running:
             attempts = history.trail.attempts
             self.ledger.note_trail(dev_id, history.trail.forgotten())
         self._agenda.soon(dev_id)
-        return hold, attempts
+        return Released(hold, attempts, overdue)
 
     def is_held(self, seen: Observation) -> bool:
         """Somebody has it on hold. DuendeError: nobody can tell."""
@@ -269,8 +272,10 @@ class Reconciler:
         return policy.decide(seen, history, chosen, traits, seen.at, hold)
 
     def policy_for(self, seen: Observation, history: History) -> Policy:
-        """The policy that the configuration gives this device."""
+        """The policy that the configuration gives this device, and whoever named it."""
         chosen = self.config.policy_for(facts_of(seen, history)).policy
+        if seen.dev_id in self._named:
+            chosen = replace(chosen, orphaned=OnOrphan.DELETE)
         if seen.dev_id in self._without_grace:
             return replace(chosen, setup_grace=0.0, orphan_grace=0.0)
         return chosen

@@ -17,7 +17,7 @@ from duende_ublkd.client import DaemonClient, DaemonNotRunningError, not_underst
 from duende_ublkd.core.errors import ExitCode, UsageError
 from duende_ublkd.core.text import printable
 from duende_ublkd.core.values import did_you_mean
-from duende_ublkd.parts import DEFAULT_PATH, read_config, users_of
+from duende_ublkd.parts import DEFAULT_PATH, known_users, read_config
 
 if TYPE_CHECKING:
     import argparse
@@ -106,8 +106,8 @@ async def _send(config: Config, sink: str | None) -> list[dict[str, Any]]:
     from duende_ublkd.report.alerts.desk import Desk  # noqa: PLC0415
     from duende_ublkd.report.journal import Journal  # noqa: PLC0415
 
-    children, users = Children(), users_of(config)
-    carriers = Carriers(lambda: children, lambda: users, on_trouble=lambda _: None, spawn=children.spawn)
+    children = Children()
+    carriers = Carriers(lambda: children, known_users, on_trouble=lambda _: None, spawn=children.spawn)
     desk = Desk(Journal(lambda _: 0), lambda _, __: None, carriers, boot_id="")
     try:
         children.start()

@@ -21,7 +21,9 @@ STOP_DEADLINE = 15.0
 class DaemonProcess:
     """`duende-ublkd run` in the foreground; a context manager that leaves no process behind."""
 
-    def __init__(self, config: str = "", *, port: int = 10116, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, config: str = "", *arguments: str, port: int = 10116, environment: dict[str, str] | None = None
+    ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="duende-"))
         self.config_path = self.directory / "config.toml"
         state = f'state_dir = "{self.directory / "state"}"'
@@ -32,6 +34,7 @@ class DaemonProcess:
         self.port = port
         self.log_path = self.directory / "log"
         self.ready_after = 0.0  # seconds from its start
+        self._arguments = arguments
         self._environment = environment or {}
         self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._notify.bind(str(self.directory / "notify"))
@@ -41,7 +44,7 @@ class DaemonProcess:
         environment = {**os.environ, "NOTIFY_SOCKET": str(self.directory / "notify"), **self._environment}
         with self.log_path.open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "duende_ublkd", "run", "--config", str(self.config_path)],
+                [sys.executable, "-m", "duende_ublkd", "run", "--config", str(self.config_path), *self._arguments],
                 stderr=log,
                 stdout=log,
                 env=environment,

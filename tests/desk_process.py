@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from duende_ublkd.carriers import Carriers
 from duende_ublkd.kernel.children import Children
 from duende_ublkd.lasting import Lasting
-from duende_ublkd.parts import Reporters, read_config, users_of
+from duende_ublkd.parts import Reporters, known_users, read_config
 from tests.bench import MOUNT, Bench
 
 if TYPE_CHECKING:
@@ -29,9 +29,7 @@ class Subject:
     def __init__(self, directory: str, config_path: str) -> None:
         config = read_config(config_path)
         self.children = Children()
-        self.carriers = Carriers(
-            lambda: self.children, lambda: users_of(config), on_trouble=say, spawn=self.children.spawn
-        )
+        self.carriers = Carriers(lambda: self.children, known_users, on_trouble=say, spawn=self.children.spawn)
         self.lasting = Lasting(config, directory, self.children.spawn, lambda _dev_id, _hand: False, self.carriers)
         self.bench = Bench(config)
 

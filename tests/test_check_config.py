@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from duende_ublkd import check_config
 from duende_ublkd.core.config import DeviceFacts, InvalidConfigError, Policy, Recovery, load
-from duende_ublkd.core.errors import ConfigError, ExitCode, UsageError
+from duende_ublkd.core.errors import ExitCode, UsageError
 from duende_ublkd.core.model import Feature
 
 if TYPE_CHECKING:
@@ -101,8 +102,43 @@ def test_a_wrong_file_is_an_error_and_with_json_its_mistakes_are_printed(tmp_pat
 def test_a_file_that_is_not_there_is_an_error(tmp_path: Path, capsys: Capture) -> None:
     with pytest.raises(InvalidConfigError, match="no such file"):
         told(capsys, str(tmp_path / "x.toml"))
-    with pytest.raises(InvalidConfigError, match="no such file"):
-        told(capsys, default=str(tmp_path / "x.toml"))
+
+
+def test_where_there_is_no_file_and_none_was_named_the_defaults_are_what_counts(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    default = str(tmp_path / "x.toml")
+    assert told(capsys, default=default)[0] == f"no {default}, so the built-in defaults: right"
+    answer = json.loads("\n".join(told(capsys, "--json", default=default)))
+    assert (answer["ok"], answer["file"]) == (True, None)
+
+
+def test_a_user_that_is_not_there_is_a_mistake_in_its_line(tmp_path: Path, capsys: Capture) -> None:
+    recover = 'unserved = "recover"\nrecover.command = ["true"]\nrecover.user = "nobody-here"\n'
+    for text, line, key in (
+        (f"[policy]\n{recover}", 4, "policy.recover.user"),
+        ('[[alert]]\nsink = "command"\ncommand = ["true"]\nuser = "nobody-here"\n', 4, "alert[0].user"),
+    ):
+        file = a_file(tmp_path, text)
+        with pytest.raises(
+            InvalidConfigError, match=rf"config\.toml:{line}: {re.escape(key)}: there is no user"
+        ) as caught:
+            told(capsys, "--json", file)
+        (problem,) = json.loads(capsys.readouterr().out)["problems"]
+        assert (problem["file"], problem["line"], problem["key"]) == (file, line, key)
+        assert caught.value.hint == "getent passwd nobody-here; to see all: getent passwd"
+
+
+def test_a_web_configuration_that_is_not_there_is_told_by_its_name_and_the_key_that_names_it(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    web = tmp_path / "web.yml"
+    file = a_file(tmp_path, f'[http]\nweb_config_file = "{web}"\n')
+    with pytest.raises(InvalidConfigError, match=r"web\.yml: no such file") as caught:
+        told(capsys, "--json", file)
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert problem["file"] == str(web)
+    assert "[http] web_config_file names it" in caught.value.hint
 
 
 ALERTS = """[[alert]]
@@ -161,9 +197,6 @@ def test_the_command_of_a_sink_is_looked_at_as_that_of_a_recovery(tmp_path: Path
     ) as caught:
         told(capsys, a_file(tmp_path, text))
     assert caught.value.hint == f"chmod go-w {program}"
-    with pytest.raises(ConfigError, match=r"alert\[0\] .*: user: .*nobody-here") as unknown:
-        told(capsys, a_file(tmp_path, '[[alert]]\nsink = "command"\ncommand = ["true"]\nuser = "nobody-here"\n'))
-    assert unknown.value.hint
 
 
 def test_a_web_configuration_file_is_part_of_whether_a_file_is_right(tmp_path: Path, capsys: Capture) -> None:

@@ -60,7 +60,7 @@ def test_without_the_module_every_command_says_how_to_load_it(arguments: tuple[s
 def test_without_the_module_the_daemon_does_not_start(tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
     config.write_text('[http]\nlisten = ""\n')
-    environment = {**os.environ, "RUNTIME_DIRECTORY": str(tmp_path)}
+    environment = {**os.environ, "RUNTIME_DIRECTORY": str(tmp_path / "duende-ublkd")}
     done = subprocess.run(
         [sys.executable, "-m", "duende_ublkd", "run", "--config", str(config)],
         check=False,

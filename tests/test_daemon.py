@@ -40,7 +40,7 @@ def test_a_look_that_ends_is_followed_by_the_next() -> None:
 def test_what_is_amiss_with_the_daemon_itself_is_an_alert_on_its_pages_until_it_is_mended(tmp_path: Path) -> None:
     async def story() -> None:
         config = Config(daemon=DaemonConfig(state_dir=str(tmp_path / "state")))
-        daemon = Daemon(config, None, str(tmp_path))
+        daemon = Daemon(config, lambda: config, str(tmp_path))
         desk = daemon._desk
         await daemon._lasting.restore(daemon._parts.reconciler)
         assert daemon.alerts() == {"alerts": [], "sinks": [], "undelivered": [], "dropped": 0}
@@ -69,7 +69,7 @@ def test_what_is_amiss_with_the_daemon_itself_is_an_alert_on_its_pages_until_it_
 def test_a_configuration_that_is_taken_anew_brings_its_sinks(tmp_path: Path) -> None:
     async def story() -> None:
         config = Config(daemon=DaemonConfig(state_dir=str(tmp_path / "state")))
-        daemon = Daemon(config, None, str(tmp_path))
+        daemon = Daemon(config, lambda: config, str(tmp_path))
         await daemon._lasting.restore(daemon._parts.reconciler)
         sink = SinkConfig(SinkKind.COMMAND, "tell", command=("/bin/echo", "heard"))
         daemon._parts.children.start()

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from duende_ublkd.core.errors import CommandOverdueError, UnsupportedError
-from duende_ublkd.core.model import DevInfo, Feature, KernelState
+from duende_ublkd.core.errors import CommandError, CommandOverdueError, DuendeError, NotDoneError, UnsupportedError
+from duende_ublkd.core.model import DevInfo, Disk, Feature, Identity, KernelState, Observation
 from duende_ublkd.kernel import devices
 from duende_ublkd.kernel.children import Children
 from duende_ublkd.kernel.control import Control
@@ -32,6 +32,14 @@ class SilentControl(Control):
 
     meanwhile: Callable[[], object] = staticmethod(lambda: None)
     knows_async = True
+    noted: list[tuple[str, str]]
+
+    async def features(self) -> int:
+        return 0
+
+    def note(self, name: str, result: str, seconds: float) -> None:
+        del seconds
+        self.noted.append((name, result))
 
     async def delete_device_async(self, dev_id: int) -> None:
         if not self.knows_async:
@@ -52,6 +60,7 @@ class SilentControl(Control):
 async def a_kernel() -> AsyncIterator[tuple[UblkKernel, SilentControl]]:
     ring, sweeper, children = Ring(8), Sweeper(), Children()
     control = SilentControl(ring)
+    control.noted = []
     kernel = UblkKernel(control, sweeper, children)
     try:
         yield kernel, control
@@ -157,5 +166,31 @@ def test_a_device_that_the_kernel_has_taken_away_is_not_held_for_an_answer(entry
         (entry / "dev").unlink()
         entry.rmdir()
         assert not is_open(await delete_in_vain(kernel, PRIVILEGED))
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    ("failure", "results"),
+    [
+        (NotDoneError("it is on hold"), []),
+        (CommandOverdueError("STOP_DEV", DEV_ID, 1.0), ["overdue"]),
+        (CommandError("STOP_DEV", DEV_ID, 5, "it failed"), ["EIO"]),
+        (None, ["ok"]),
+    ],
+)
+def test_a_stop_that_was_not_sent_is_not_counted(failure: DuendeError | None, results: list[str]) -> None:
+    async def body(kernel: UblkKernel, control: SilentControl) -> None:
+        async def stop(*_: object, **__: object) -> None:
+            if failure:
+                raise failure
+
+        kernel.children.stop_device = stop  # type: ignore[method-assign]
+        claim = UblkClaim(kernel, DEV_ID, os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
+        seen = Observation(DEV_ID, 0.0, PRIVILEGED, Identity(1), disk=Disk((259, 0)))
+        with contextlib.nullcontext() if failure is None else pytest.raises(type(failure)):
+            await claim.stop(seen, lambda _: True)
+        claim.release()
+        assert control.noted == [("STOP_DEV", each) for each in results]
 
     run(body)

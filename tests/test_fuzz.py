@@ -204,7 +204,7 @@ def test_a_configuration_file_is_read_or_refused_with_a_hint(
 def test_no_program_and_no_argument_makes_the_look_at_them_fail(program: str, argument: str) -> None:
     rule = configuration.Recovery((f"/{program}".replace("{", "").replace("}", ""), argument, f"/{argument}"))
     with contextlib.suppress(configuration.WrongValueError):
-        parts._check_command(rule)
+        parts._check_rule(rule)
     for _, sentence in parts.doubtful_arguments(rule):
         assert is_fit(sentence)
 

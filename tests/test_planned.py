@@ -152,6 +152,13 @@ def test_a_release_says_whether_there_was_anything_to_release(directory: Path, d
     done = run(directory, "release", "ublk3")
     assert (done.returncode, done.stdout) == (0, "ublk3 released\n")
     assert daemon.source.held == {}
+    daemon.source.overdue[3], daemon.source.attempts[3] = "DEL_DEV", 2
+    done = run(directory, "release", "3")
+    told = [
+        "ublk3: 2 attempts to recover it are forgotten, and begin anew",
+        "ublk3: DEL_DEV of an earlier daemon counts as over, and may be asked anew",
+    ]
+    assert (done.returncode, done.stdout.splitlines()) == (0, told)
     for arguments in (("release", "3"), ("release", "3", "--dry-run")):
         done = run(directory, *arguments)
         assert (done.returncode, done.stdout) == (1, "ublk3 was not on hold\n")

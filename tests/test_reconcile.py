@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from duende_ublkd.core.config import Config, DaemonConfig, load
+from duende_ublkd.core.config import Config, DaemonConfig, OnOrphan, Policy, load
 from duende_ublkd.core.holds import Hold, Holds
 from duende_ublkd.core.model import Action, Feature, Outcome, VerdictKind
 from duende_ublkd.core.policy import Traits
@@ -668,6 +668,25 @@ def test_without_grace_an_owner_gets_its_own_dead_device_away_at_the_first_look(
     run(main())
 
 
+@pytest.mark.parametrize("orphaned", [OnOrphan.ALERT, OnOrphan.IGNORE])
+def test_who_names_an_orphan_has_it_deleted_whatever_the_configuration_says_of_orphans(orphaned: OnOrphan) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        kernel = FakeKernel(loop)
+        kernel.setup_grace = kernel.orphan_grace = 0.0
+        mine, other, served = kernel.add(), kernel.add(), kernel.serve()
+        config = Config(policy=Policy(orphaned=orphaned))
+        named = (mine.dev_id, served.dev_id)
+        reconciler = Reconciler(kernel, config, Recorder(), Agenda(), clock=loop.time, named=named, without_grace=named)
+        await reconciler.run_pass(None)
+        await reconciler.finish_deeds()
+        assert kernel.deletions == [mine]
+        assert kernel.violations == []
+        assert kernel.taken.keys() == {other.dev_id, served.dev_id}
+
+    run(main())
+
+
 # --- giving up what waits for a server --------------------------------------------------------------------------------
 
 
@@ -884,7 +903,7 @@ def test_a_stop_of_a_former_daemon_that_has_not_answered_is_remembered_until_it_
         await bench.wait(2 * RESYNC)
         if not works and not heard:
             assert bench.rule(device) == "overdue"
-            bench.reconciler.release(device.dev_id)
+            assert bench.reconciler.release(device.dev_id).overdue == "STOP_DEV"
         await bench.wait(60 + RESYNC)  # this daemon has to watch the deadline itself
         assert bench.kernel.stops == ([] if works else [device])
         assert not bench.is_there(device)
@@ -947,7 +966,7 @@ def test_a_release_takes_back_no_deadline_whose_answer_this_daemon_will_hear() -
         orphan = await bench.an_orphan()
         bench.kernel.faults[orphan.dev_id] = Fault.OVERDUE
         await bench.wait(1 + DEADLINE)
-        bench.reconciler.release(orphan.dev_id)
+        assert not bench.reconciler.release(orphan.dev_id).overdue
         await bench.wait(100)
         assert bench.rule(orphan) == "overdue"
         assert bench.recorder.announced == [orphan.dev_id]

@@ -382,7 +382,7 @@ def test_a_release_lets_it_try_anew() -> None:
         await bench.wait(60)
         assert bench.rule(device) == "given-up"
         bench.kernel.on_command = FakeCommand.serve
-        assert bench.reconciler.release(device.dev_id) == (None, 3)
+        assert bench.reconciler.release(device.dev_id) == (None, 3, "")
         await bench.wait(1)
         assert bench.verdict(device) is VerdictKind.LIVE
         assert bench.recorder.deeds[-1].facts["attempt"] == 1
@@ -468,7 +468,7 @@ def test_a_release_while_the_command_runs_forgets_nothing() -> None:
         device = await bench.an_unserved_device()
         await until_a_command_runs(bench)
         await bench.wait(1)
-        assert bench.reconciler.release(device.dev_id) == (None, 0)
+        assert bench.reconciler.release(device.dev_id) == (None, 0, "")
         await bench.wait(1)
         assert bench.rule(device) == "recovery-runs"
         await until_a_command_runs(bench, 2)

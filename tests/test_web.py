@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 
 from duende_ublkd.client import DaemonClient, DaemonLostError, DaemonNotRunningError
 from duende_ublkd.core.errors import DuendeError, UsageError
-from duende_ublkd.core.holds import LONGEST_TIME, Hold, NotAllowedError, may_change
+from duende_ublkd.core.holds import LONGEST_TIME, Hold, NotAllowedError, Released, may_change
 from duende_ublkd.core.model import Event, EventKind, Judged, Level
 from duende_ublkd.core.text import printable
 from duende_ublkd.report.metrics import Metrics
@@ -68,6 +68,7 @@ class ASource:
     asked: list[tuple[Any, ...]] = field(default_factory=list)
     held: dict[int, Hold] = field(default_factory=dict)
     attempts: dict[int, int] = field(default_factory=dict)
+    overdue: dict[int, str] = field(default_factory=dict)
     slow_reload: float = 0.0
     tested: list[str | None] = field(default_factory=list)
     slow_test: float = 0.0
@@ -92,9 +93,9 @@ class ASource:
         self.held[dev_id] = Hold(dev_id, now, now + seconds, uid, why, None if uid == 0 else 77)
         return self.held[dev_id]
 
-    def release(self, dev_id: int, uid: int) -> tuple[Hold | None, int]:
+    def release(self, dev_id: int, uid: int) -> Released:
         self._check(dev_id, uid)
-        return self.held.pop(dev_id, None), self.attempts.pop(dev_id, 0)
+        return Released(self.held.pop(dev_id, None), self.attempts.pop(dev_id, 0), self.overdue.pop(dev_id, ""))
 
     def _check(self, dev_id: int, uid: int) -> None:
         if not may_change(uid, self.held.get(dev_id), OWNER if dev_id == 3 else None):

@@ -478,7 +478,8 @@ _EXAMPLES = {"match": '{ ids = "0-15" }', "recover": _RECOVER_EXAMPLE}
 def load(text: bytes, name: str, *, check: Callable[[Recovery | SinkConfig], None] | None = None) -> Config:
     """Read a configuration. `name` is the file's, for messages and sources.
 
-    `check`: what this module cannot tell of a command; it raises WrongValueError, `part` being one of the command.
+    `check`: what this module cannot tell of a command; it raises WrongValueError, `part` being the index of one of the
+    command's, or another key of its table.
     """
     file = printable(name)
     source = _decoded(text, file)
@@ -564,15 +565,16 @@ class _Reader:
             return None
         made = record(**found)
         if isinstance(made, Recovery):
-            self._check_command(path, made)
+            self._check_rule(path, made)
         return made
 
-    def _check_command(self, path: KeyPath, rule: Recovery | SinkConfig) -> None:
+    def _check_rule(self, path: KeyPath, rule: Recovery | SinkConfig) -> None:
         try:
             if self._check:
                 self._check(rule)
         except WrongValueError as error:
-            self._wrong((*path, "command", error.part or 0), str(error), error.hint)
+            where = (error.part,) if isinstance(error.part, str) else ("command", error.part or 0)
+            self._wrong((*path, *where), str(error), error.hint)
 
     def _overrides(self, value: object) -> list[dict[str, Any]]:
         """Read what each `[[device]]` gives; the policy that it overrides may stand below it."""
@@ -612,7 +614,7 @@ class _Reader:
         for key, what, hint in alertconfig.faults(made, table):
             self._wrong((*path, key), what, hint)
         if made.command:
-            self._check_command(path, made)
+            self._check_rule(path, made)
         return made
 
     def _refuse_same_names(self, alerts: Sequence[SinkConfig | None]) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from duende_ublkd.core.errors import UsageError
 
@@ -45,6 +45,16 @@ class Hold:
     def covers(self, instance: int | None) -> bool:
         """Whether it is about this instance of its id; one that is deleted (None) is still the one that it was."""
         return self.instance is None or instance is None or self.instance == instance
+
+
+class Released(NamedTuple):
+    """What a person's `release` ended. `attempts`: to recover, forgotten. `overdue`: the command of a former daemon that
+    is believed to be over; empty: none.
+    """
+
+    hold: Hold | None
+    attempts: int
+    overdue: str
 
 
 class Holds:

@@ -235,11 +235,13 @@ class Ledger:
             if past and past.overdue and past.overdue.command == command:
                 histories[dev_id] = replace(past, overdue=None, hand=None)
 
-    def forget_overdue(self, dev_id: int) -> None:
-        """A person says that a command of a former daemon is over."""
+    def forget_overdue(self, dev_id: int) -> str:
+        """A person says that a command of a former daemon is over; which one, or nothing."""
         past = self._histories.get(dev_id)
-        if past and past.overdue and past.overdue.of_former:
-            self._histories[dev_id] = replace(past, overdue=None, hand=None)
+        if not (past and past.overdue and past.overdue.of_former):
+            return ""
+        self._histories[dev_id] = replace(past, overdue=None, hand=None)
+        return past.overdue.command
 
     def stuck_deletions(self) -> tuple[int, ...]:
         """The ids whose DEL_DEV, of whichever kind, has missed its deadline and not answered; not looked at yet or not."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MOST_PARTS = 64  # of a command; with MOST_CHARACTERS in each it stays far below what execve() takes
 MOST_CHARACTERS = 4096
 PLACEHOLDERS = ("id", "block_device", "char_device", "server")
+_OF_AN_ALERT = ("id", "block_device")  # its command has them in its environment
 
 _E = TypeVar("_E", bound=Enum)
 Parser: TypeAlias = "Callable[[object], Any] | type[Any]"
@@ -312,7 +313,8 @@ def _check_plain_part(part: str) -> None:
     """What looks like a placeholder was meant for one."""
     if found := next((name for name in PLACEHOLDERS if f"{{{name}}}" in part), None):
         what = f'{shown(part)} has the placeholder "{{{found}}}", and nothing is filled in here'
-        raise WrongValueError(what, hint=f"the command finds it in its environment: DUENDE_UBLKD_ALERT_{found.upper()}")
+        where = f"DUENDE_UBLKD_ALERT_{found.upper() if found in _OF_AN_ALERT else 'JSON'}"
+        raise WrongValueError(what, hint=f"what is known is in the command's environment: {where}")
 
 
 def _check_program(program: str) -> None:

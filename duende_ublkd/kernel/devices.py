@@ -215,7 +215,7 @@ class UblkClaim:
             raise NoSuchDeviceError("STOP_DEV", self._dev_id, errno.ENODEV, "it has no disk any more")
         control = self._kernel.control
         safely = bool(await control.features() & Feature.SAFE_STOP_DEV)
-        began, result = time.monotonic(), "overdue"
+        began, result = time.monotonic(), ""
         try:
             await self._kernel.children.stop_device(
                 self._dev_id,
@@ -231,8 +231,12 @@ class UblkClaim:
             if isinstance(error, BusyError):
                 raise HeldError(error.command, self._dev_id, error.errno, error.meaning) from error
             raise
+        except CommandOverdueError:
+            result = "overdue"
+            raise
         finally:
-            control.note("STOP_DEV", result, time.monotonic() - began)
+            if result:  # it was sent
+                control.note("STOP_DEV", result, time.monotonic() - began)
 
     async def delete(self, info: DevInfo) -> None:
         """Delete the device and release the claim. The id is free when the last holder lets go.

@@ -9,19 +9,16 @@ import socket
 from duende_ublkd.core.errors import UsageError
 from duende_ublkd.kernel import ownership, runfile
 
-RUN_DIR = "/run/duende-ublkd"
 _INFINITE = (1 << 64) - 1  # microseconds, in systemd's way
 
 
-def run_directory() -> str:
-    """Where the lock lies: what systemd made for RuntimeDirectory=, else /run/duende-ublkd, made here."""
-    path = os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0] or RUN_DIR
+def make_run_directory(path: str) -> None:
+    """Where lock, socket and holds are, made where it is not there. UsageError: it cannot be, or is not root's alone."""
     try:
         os.makedirs(path, mode=0o755, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot make {path}: {error.strerror}", hint="run the daemon as root") from error
     runfile.check_directory(path)
-    return path
 
 
 class SoleDaemon:

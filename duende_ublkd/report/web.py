@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     import ssl
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
-    from duende_ublkd.core.holds import Hold
+    from duende_ublkd.core.holds import Hold, Released
     from duende_ublkd.core.model import Judged
     from duende_ublkd.core.webconfig import WebConfig
     from duende_ublkd.report.store import Record
@@ -124,7 +124,7 @@ class Source(Protocol):
     def hold(self, dev_id: int, seconds: float, why: str, uid: int) -> Hold:
         """Set or replace a hold. Raises UsageError; NotAllowedError: this user may not."""
 
-    def release(self, dev_id: int, uid: int) -> tuple[Hold | None, int]:
+    def release(self, dev_id: int, uid: int) -> Released:
         """End a hold, None: there was none, and forget so many attempts to recover. Raises as `hold` does."""
 
     def page(self) -> Page:
@@ -389,8 +389,9 @@ class WebServer:
     async def _post_release(self, request: web.Request) -> web.Response:
         uid = self._uid_of(request, f"duende-ublkd release ID, {_SAME_OVER_SOCKET}")
         body = await _read_body(request, {"dev_id"})
-        released, attempts = self._source.release(_dev_id(body), uid)
-        return _json({"released": _hold_object(released) if released else None, "attempts_forgotten": attempts})
+        done = self._source.release(_dev_id(body), uid)
+        hold = _hold_object(done.hold) if done.hold else None
+        return _json({"released": hold, "attempts_forgotten": done.attempts, "overdue_forgotten": done.overdue})
 
     async def _post_test_alert(self, request: web.Request) -> web.Response:
         command = "duende-ublkd test-alert"

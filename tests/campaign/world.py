@@ -159,7 +159,7 @@ class Daemon:
         deadline: str = "10s",
     ) -> None:
         self._cradle = cradle
-        self.run = home / "run"
+        self.run = home / "duende-ublkd"
         self.run.mkdir(parents=True, exist_ok=True)
         config = home / "config.toml"
         config.write_text(CONFIG.format(state=home / "state", deadline=deadline))

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from duende_ublkd.core.model import KernelState
 from tests.daemon_process import DaemonProcess, command
 from tests.native_server import NativeServer
-from tests.server.harness import device_info, drop_device, wait_until
+from tests.server.harness import device_info, drop_device, wait_for_state, wait_until
 
 NOBODY = 65534
 PR_CAPBSET_DROP = 24
@@ -156,3 +157,48 @@ def is_ready() -> bool:
             return bool(answer.status == 200)
     except OSError:
         return False
+
+
+DRY = """
+[daemon]
+resync_interval = "1h"
+[policy]
+orphan_grace = "0s"
+"""
+
+
+def test_a_dry_run_stays_one_over_a_reload_and_clean_says_what_it_leaves() -> None:
+    with DaemonProcess(DRY, "--dry-run") as daemon, NativeServer("--id", "44") as server:
+        server.wait_for("LIVE")
+        daemon.wait_verdict(44, "live")
+        server.kill()
+        daemon.wait_log("ublk44 would be deleted")
+        daemon.config_path.write_text(DRY + 'unserved = "alert"\n')
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.wait_log("configuration read anew")
+        looks = daemon.metric("duende_ublkd_resyncs_total") or 0
+        daemon.process.send_signal(signal.SIGUSR1)
+        wait_until(lambda: (daemon.metric("duende_ublkd_resyncs_total") or 0) > looks, 20, "it has looked again")
+        assert device_info(44) is not None
+        assert "ublk44 deleted" not in daemon.log
+        done = command("clean", "--dry-run", "44", "--config", str(daemon.config_path))
+        assert (done.returncode, "ublk44 would be deleted" in done.stdout) == (1, True), done.stdout
+        assert daemon.stop() == 0
+    assert command("clean", "--now", "44").returncode == 0
+    assert device_info(44) is None
+
+
+def test_an_orphan_that_is_only_to_be_told_of_is_deleted_by_who_names_it(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text('[policy]\norphaned = "alert"\norphan_grace = "0s"\n')
+    with NativeServer("--id", "45") as server:
+        server.wait_for("LIVE")
+        named = command("clean", "45", "--config", str(config))
+        assert (named.returncode, device_info(45) is None) == (0, False), named.stdout
+        server.kill()
+        wait_for_state(45, KernelState.DEAD)
+    everything = command("clean", "--config", str(config))
+    assert (everything.returncode, "ublk45 left, orphaned" in everything.stdout) == (1, True), everything.stdout
+    assert device_info(45) is not None
+    named = command("clean", "45", "--config", str(config))
+    assert (named.returncode, device_info(45)) == (0, None), named.stdout
