@@ -107,6 +107,7 @@ class Daemon:
         self._host = printable(socket.gethostname())
         self._pages = Pages(self._view)
         self._reloading = asyncio.Lock()
+        self._reload_is_due = False
         self._reloads: set[asyncio.Task[str]] = set()
 
     @property
@@ -194,6 +195,8 @@ class Daemon:
 
     async def run(self) -> None:
         """Until told to stop. Raises DuendeError for what keeps it from starting, and for a defect."""
+        self._loop.add_signal_handler(signal.SIGUSR1, self._agenda.soon, None)
+        self._loop.add_signal_handler(signal.SIGHUP, self._reload_later)
         os.close(open_control_device())
         try:
             self._parts.children.start()
@@ -368,8 +371,13 @@ class Daemon:
     def _take_signals(self) -> None:
         for number in STOP_SIGNALS:
             self._loop.add_signal_handler(number, self._stop.set)
-        self._loop.add_signal_handler(signal.SIGUSR1, self._agenda.soon, None)
         self._loop.add_signal_handler(signal.SIGHUP, self._start_reload)
+        if self._reload_is_due:
+            self._start_reload()
+
+    def _reload_later(self) -> None:
+        """It is still starting, perhaps for seconds, where a disk does not answer."""
+        self._reload_is_due = True
 
     def _start_reload(self) -> None:
         reload: asyncio.Task[str] = asyncio.ensure_future(self.reload())

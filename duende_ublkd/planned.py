@@ -58,8 +58,13 @@ def add_commands(
         "hold", parents=[common, reader, changer], help="hands off a device for a while; without ID: what is on hold"
     )
     hold.add_argument("id", type=device, nargs="?", metavar="ID", help="3, ublk3 or /dev/ublkb3")
+    span = f"{duration_text(SHORTEST_TIME)} to {duration_text(LONGEST_TIME)}"
     hold.add_argument(
-        "--for", type=_hold_time, metavar="TIME", dest="seconds", help=f"default: {duration_text(DEFAULT_TIME)}"
+        "--for",
+        type=_hold_time,
+        metavar="TIME",
+        dest="seconds",
+        help=f"{span} (default: {duration_text(DEFAULT_TIME)})",
     )
     hold.add_argument("--why", metavar="TEXT", help="shown wherever the hold is")
     release = commands.add_parser("release", parents=[common, changer], help="end a hold")
@@ -73,6 +78,8 @@ def add_commands(
 
 def run(options: argparse.Namespace) -> ExitCode:
     """Carry out one of COMMANDS; raises DuendeError."""
+    if options.config is not None:
+        read_config(options.config)  # what is asked of the daemon needs none; a wrong one is a mistake all the same
     match options.command:
         case "hold" if options.id is None:
             return _list_holds(options)
