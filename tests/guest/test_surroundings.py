@@ -190,7 +190,7 @@ def test_a_dry_run_stays_one_over_a_reload_and_clean_says_what_it_leaves() -> No
 
 def test_an_orphan_that_is_only_to_be_told_of_is_deleted_by_who_names_it(tmp_path: Path) -> None:
     config = tmp_path / "config.toml"
-    config.write_text('[policy]\norphaned = "alert"\norphan_grace = "0s"\n')
+    config.write_text('[policy]\norphaned = "alert"\norphan_grace = "0s"\nsetup_grace = "0s"\n')
     with NativeServer("--id", "45") as server:
         server.wait_for("LIVE")
         named = command("clean", "45", "--config", str(config))
