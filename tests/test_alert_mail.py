@@ -241,6 +241,34 @@ def test_starttls_is_used_and_its_certificate_has_to_be_right(certificates: Cert
     assert len(mailbox.got) == 1
 
 
+@pytest.mark.parametrize("secret", ["pässword", "parol\u043c"])
+def test_a_password_that_smtplib_cannot_send_is_told_as_that_and_nothing_of_it_is_shown(
+    tmp_path: Path, secret: str
+) -> None:
+    mailbox = Mailbox()
+    password = tmp_path / "word"
+    password.write_text(f"{secret}\n", "utf-8")
+    password.chmod(0o600)
+    with a_server(mailbox, authenticator=mailbox.authenticate, auth_require_tls=False) as port:
+        told = send(by_mail(port, username="duende", password_file=str(password)))
+        assert told.detail == (
+            f"password_file {password} has more than ASCII, which no mail server is sent: choose another password"
+        )
+        assert not told.permanent
+        password.write_text("s3cret\n")
+        told = send(by_mail(port, username="jürgen", password_file=str(password)))
+        assert told.detail == "username has more than ASCII, which no mail server is sent"
+        assert send(by_mail(port, username="duende", password_file=str(password))).ok
+    assert mailbox.logins == [(b"duende", b"s3cret")]
+
+
+def test_what_cannot_be_encoded_is_not_shown() -> None:
+    with pytest.raises(UnicodeEncodeError) as caught:
+        "s3crät".encode("ascii")
+    assert mail._why_no_message(caught.value) == "something in it cannot be encoded"
+    assert mail._why_no_message(ValueError("too long")) == "too long"
+
+
 def test_tls_from_the_start_is_one_word(certificates: Certificates) -> None:
     mailbox = Mailbox()
     with a_server(mailbox, ssl_context=certificates.context("server")) as port:
@@ -268,6 +296,7 @@ def test_a_recipient_that_is_refused_is_named_and_the_others_get_it() -> None:
         later = send(by_mail(port, to=("b@example.org", "c@example.org")))
     assert some.ok
     assert some.detail == f"taken by 127.0.0.1:{port} for a@example.org; not for b@example.org (550 no such user)"
+    assert (some.missed, never.missed) == ("b@example.org", "")
     assert (never.ok, never.permanent) == (False, True)
     assert never.detail == "no recipient is taken: b@example.org (550 no such user)"
     assert (later.ok, later.permanent) == (False, False)

@@ -52,6 +52,15 @@ def an_alert(**changes: Any) -> Alert:  # noqa: ANN401 - any field of it
     return Alert(**{**known, **changes})
 
 
+FAULTS = (
+    AlertKind.UNSERVED,
+    AlertKind.RECOVERY_FAILED,
+    AlertKind.RECOVERY_GIVEN_UP,
+    AlertKind.ORPHANED,
+    AlertKind.PINNED,
+    AlertKind.WEDGED,
+    AlertKind.UNKNOWN,
+)
 ON_HOLD = judged(VerdictKind.PINNED, rule="on-hold", hold=HOLD)
 
 
@@ -125,7 +134,9 @@ def test_the_rules_that_are_known_by_name_are_rules_of_the_policy() -> None:
         (AlertKind.PINNED, judged(VerdictKind.CLOSING), False),
         (AlertKind.PINNED, judged(VerdictKind.ORPHANED, Action.ALERT), False),
         (AlertKind.WEDGED, judged(VerdictKind.WEDGED, Action.ALERT), True),
-        (AlertKind.WEDGED, judged(VerdictKind.UNKNOWN, Action.ALERT), False),
+        (AlertKind.WEDGED, judged(VerdictKind.LIVE), False),
+        *((kind, judged(VerdictKind.UNKNOWN, Action.ALERT, "no-answer"), True) for kind in FAULTS),
+        (AlertKind.UNKNOWN, judged(VerdictKind.LIVE), False),
     ],
     ids=str,
 )

@@ -210,6 +210,22 @@ def test_a_secret_that_is_none_is_not_used_and_nothing_is_sent(
     run(scenario())
 
 
+@pytest.mark.parametrize("secret", [b"s3cret\xe4", b"\xff\xfe"])
+def test_a_password_that_is_no_text_is_told_as_that_and_nothing_of_it_is_shown(tmp_path: Path, secret: bytes) -> None:
+    async def scenario() -> None:
+        file = secret_file(tmp_path)
+        file.write_bytes(secret)
+        async with (
+            listening() as receiver,
+            a_courier(hook(receiver, username="duende", password_file=str(file))) as courier,
+        ):
+            answer = await told(courier, "webhook")
+            assert answer.detail == f"password_file {file} is no UTF-8: is it the right file?"
+            assert receiver.connections == 0
+
+    run(scenario())
+
+
 CONNECTION_CLOSED = "it closed the connection without an answer"
 
 
@@ -546,6 +562,19 @@ def test_an_alert_never_ends_before_it_begins_though_the_clock_was_set_back() ->
         assert found["startsAt"] <= found["endsAt"]
 
 
+def test_an_alert_that_was_noted_while_the_clock_was_ahead_is_open_now_and_over_now() -> None:
+    now = datetime(2026, 1, 2, 1, tzinfo=UTC)  # it was raised two hours later
+    over = alertmanager.alert_object(a_notice(state="over", over_at="2026-01-02T03:05:00+00:00"), {}, now, 60.0)
+    assert over["startsAt"] == over["endsAt"] == now.isoformat(timespec="milliseconds")
+    raised = alertmanager.alert_object(a_notice(), {}, now, 60.0)
+    assert raised["startsAt"] == now.isoformat(timespec="milliseconds")
+    assert datetime.fromisoformat(raised["endsAt"]) == now + alertmanager.MOMENT
+    later = alertmanager.alert_object(
+        a_notice(state="over", over_at="2026-01-02T03:05:00+00:00"), {}, now + timedelta(days=1), 60.0
+    )
+    assert (later["startsAt"], later["endsAt"]) == ("2026-01-02T03:04:05.678+00:00", "2026-01-02T03:05:00.000+00:00")
+
+
 def firing(real: monitors.Alertmanager) -> dict[str, Any]:
     return {alert["labels"]["key"]: alert for alert in real.alerts()}
 
@@ -599,6 +628,8 @@ def test_one_member_that_takes_it_is_enough_and_the_others_are_named() -> None:
             silent = f"127.0.0.1:{deaf.port}: 127.0.0.1:{deaf.port} does not answer: given up after 1 s"
             assert some.ok
             assert some.detail == f"taken by 1 of 3; not by {silent}; 127.0.0.1:{sick.port}: HTTP 500: sick"
+            assert some.missed == f"127.0.0.1:{deaf.port}, 127.0.0.1:{sick.port}"
+            assert (none.missed, every.missed) == ("", "")
             assert not none.ok
             assert none.detail == f"{silent}; 127.0.0.1:{sick.port}: HTTP 500: sick"
             assert every.ok

@@ -79,18 +79,19 @@ def test_what_has_merely_happened_is_told_once_but_to_alertmanager_as_everything
     assert told(found) == [(1, State.OVER)]
 
 
-def test_the_critical_ones_go_first_and_an_hour_of_waiting_is_worth_a_step() -> None:
+def test_the_critical_ones_go_first_and_a_day_of_waiting_is_worth_a_step() -> None:
     entries = [
         an_entry(1, Progress(NOW), severity=Severity.WARNING),
         an_entry(2, Progress(NOW + 60), severity=Severity.CRITICAL),
-        an_entry(3, Progress(NOW - 3700), severity=Severity.INFO),
+        an_entry(3, Progress(NOW - DAY - 100), severity=Severity.INFO),
+        an_entry(4, Progress(NOW - DAY + 100), severity=Severity.WARNING),  # from before a whole day of a rate limit
     ]
     order = []
     while entries:
         ((number, _),) = told(plan(*entries, at=NOW + 61))
         order.append(number)
         entries = [entry for entry in entries if entry.number != number]
-    assert order == [2, 3, 1]
+    assert order == [2, 4, 3, 1]
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
@@ -105,6 +106,11 @@ def test_a_sink_that_fails_is_asked_again_later_each_time_and_at_least_every_six
     assert pauses[9:] == [300, 300, 300]
     assert delivery.pause_after(99, 1.0) == 375
     assert delivery.pause_after(1, 0.0) == 0.75
+    short = account.failed(NOW, 0.5, delivery.longest_pause(ALERTMANAGER))
+    assert short.not_before == NOW + 60  # what it does not hear of for five minutes is over for it
+    assert delivery.longest_pause(replace(ALERTMANAGER, resend=5.0)) == 5
+    assert delivery.longest_pause(replace(ALERTMANAGER, resend=3600.0)) == 60
+    assert delivery.longest_pause(MAIL) == 300
     again = account.succeeded(NOW, MAIL)
     assert (again.failures, again.failing_since, again.not_before) == (0, None, 0.0)
 
@@ -141,13 +147,36 @@ def test_a_notice_that_is_never_taken_has_its_turn_again_whatever_comes() -> Non
     assert told(plan(poison, an_entry(2, Progress(NOW + 2 * 3600)), at=NOW + 2 * 3600)) == [(1, State.RAISED)]
 
 
-def test_it_is_given_up_after_some_refusals_in_a_row_or_a_day_of_failures() -> None:
-    refused = Progress(NOW)
+def refused(progress: Progress, times: int = delivery.MOST_REFUSALS) -> Progress:
+    for _ in range(times):
+        progress = progress.failed(NOW, 0.5, refused=True)
+    return progress
+
+
+def test_a_notice_is_given_up_after_some_refusals_in_a_row_by_a_sink_that_takes_others() -> None:
+    doubted = refused(Progress(NOW), 1).after_another(1)
     for _ in range(delivery.MOST_REFUSALS):
-        assert not delivery.is_hopeless(refused, Account(), NOW)
-        refused = refused.failed(NOW, 0.5, refused=True)
-    assert delivery.is_hopeless(refused, Account(), NOW)
-    assert not delivery.is_hopeless(refused.failed(NOW, 0.5, refused=False), Account(), NOW)
+        assert not delivery.is_hopeless(doubted, Account(), NOW)
+        doubted = refused(doubted, 1)
+    assert delivery.is_hopeless(doubted, Account(), NOW)
+    assert delivery.is_hopeless(doubted.after_another(2), Account(), NOW)
+    assert not delivery.is_hopeless(doubted.failed(NOW, 0.5, refused=False), Account(), NOW)
+    over = replace(doubted, stage=Stage.TOLD).over(NOW)
+    for mended in (doubted.soon(), over, doubted.told(State.RAISED, NOW, ends_here=False)):
+        assert not delivery.is_hopeless(refused(mended), Account(), NOW)
+
+
+def test_refusals_of_everything_are_the_sinks_own_and_are_counted_anew_once_it_takes_something() -> None:
+    waiting = refused(Progress(NOW), 100)
+    assert not delivery.is_hopeless(waiting, Account(), NOW)
+    again = waiting.after_another(100)
+    assert (again.not_before, again.refusals) == (0.0, 0)
+    assert not delivery.is_hopeless(refused(again, delivery.MOST_REFUSALS - 1), Account(), NOW)
+    assert delivery.is_hopeless(refused(again), Account(), NOW)
+    assert Progress(NOW).after_another(5) == Progress(NOW)  # it was never tried
+
+
+def test_a_notice_is_given_up_after_a_day_of_failures() -> None:
     failing = Account(failures=1, failing_since=NOW)
     assert not delivery.is_hopeless(Progress(NOW - DAY), failing, NOW + DAY - 1)  # before that it was not tried
     assert delivery.is_hopeless(Progress(NOW - DAY), failing, NOW + DAY)
@@ -155,10 +184,28 @@ def test_it_is_given_up_after_some_refusals_in_a_row_or_a_day_of_failures() -> N
     assert not delivery.is_hopeless(Progress(NOW - DAY), Account(), NOW + DAY)  # it waits for something else
 
 
+@pytest.mark.parametrize("stage", [Stage.TOLD, Stage.LOST])
+def test_what_is_open_is_said_to_alertmanager_again_however_often_it_was_refused(stage: Stage) -> None:
+    entry = an_entry(progress=refused(replace(TOLD, stage=stage).failed(NOW, 0.5, refused=True).after_another(1), 50))
+    pause = entry.progress.not_before - NOW
+    assert pause <= 300
+    account = Account(round_began=NOW + 120)
+    assert told(plan(entry, sink=ALERTMANAGER, account=account, at=NOW + 120 + pause)) == [(1, State.RAISED)]
+
+
 def test_one_that_is_lost_is_told_no_more_and_neither_is_its_end() -> None:
     lost = Progress(NOW).lost()
     assert plan(an_entry(progress=lost), at=NOW + DAY) == Plan()
     assert plan(an_entry(progress=lost.over(NOW), over_at=NOW), at=NOW + DAY) == Plan()
+    assert delivery.owed(lost.over(NOW), an_alert(over_at=NOW)) is None
+
+
+def test_what_a_sink_that_is_no_more_was_to_be_told_is_known() -> None:
+    assert delivery.owed(Progress(NOW), an_alert()) is State.RAISED
+    assert delivery.owed(Progress(NOW), an_alert(over_at=NOW)) is State.RAISED
+    assert delivery.owed(TOLD, an_alert()) is None
+    assert delivery.owed(TOLD, an_alert(over_at=NOW)) is State.OVER
+    assert delivery.owed(replace(TOLD, stage=Stage.DONE), an_alert(over_at=NOW)) is None
 
 
 # --- rate limit, reminders, quiet hours -------------------------------------------------------------------------------
@@ -314,12 +361,17 @@ def test_what_is_refused_is_sent_in_halves_until_it_is_known_which_one_cannot_be
         for number in numbers:
             entry = entries[number]
             if 17 in numbers:
-                progress = entry.progress.failed(NOW, 0.5, refused=True, alone=len(numbers) == 1).soon()
+                progress = entry.progress.failed(NOW, 0.5, refused=True, alone=len(numbers) == 1)
+                progress = replace(progress, not_before=0.0)
             else:
                 progress = delivery.progress_after(entry, ALERTMANAGER, State.RAISED, NOW)
             if delivery.is_hopeless(progress, account, NOW):
                 progress = replace(progress.lost(), sent_at=NOW)
             entries[number] = replace(entry, progress=progress)
+        if 17 not in numbers:
+            entries = {
+                each: replace(entry, progress=entry.progress.after_another(1)) for each, entry in entries.items()
+            }
     assert len(sizes) <= 20
     assert {number for number, entry in entries.items() if entry.progress.stage is Stage.LOST} == {17}
     assert {entry.progress.stage for number, entry in entries.items() if number != 17} == {Stage.TOLD}

@@ -7,6 +7,7 @@ real disk and real commands are in tests/test_alerts_end_to_end.py.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -22,12 +23,24 @@ from duende_ublkd.core.alerting import AlertKind, Severity
 from duende_ublkd.core.config import Config
 from duende_ublkd.core.errors import UsageError
 from duende_ublkd.core.holds import Hold
-from duende_ublkd.core.model import Action, Deed, Event, EventKind, Identity, Judged, Outcome, PassReport, VerdictKind
+from duende_ublkd.core.model import (
+    Action,
+    Deed,
+    Event,
+    EventKind,
+    Identity,
+    Judged,
+    Level,
+    Outcome,
+    PassReport,
+    VerdictKind,
+)
 from duende_ublkd.parts import Reporters
 from duende_ublkd.report.alerts import book, sending
 from duende_ublkd.report.alerts.answer import Answer
 from duende_ublkd.report.alerts.desk import MOST_FACTS, Desk
 from duende_ublkd.report.journal import Journal
+from duende_ublkd.report.store import MOST_STATE, size_in_batch
 from tests.bench import MOUNT, RESYNC, Bench, on_the_bench, recovering
 from tests.fake_kernel import FakeCommand, run
 from tests.test_report import a_device
@@ -308,6 +321,27 @@ async def test_a_hold_keeps_new_alerts_away_and_ends_none(bureau: Bureau) -> Non
     assert bureau.keys == ["ublk3/1003/pinned"]
 
 
+@with_bureau(WEBHOOK)
+async def test_a_fault_is_not_over_because_nothing_can_be_seen_of_its_device_any_more(bureau: Bureau) -> None:
+    bureau.look(LATE)
+    await asyncio.sleep(60)
+    before = bureau.desk.alerts[0].summary
+    for _ in range(3):
+        bureau.look(judged(VerdictKind.UNKNOWN, Action.ALERT, "no-answer"))
+        await asyncio.sleep(60)
+    assert bureau.post.told() == [("ublk3/1003/unserved", "raised"), ("ublk3/1003/unknown", "raised")]
+    assert bureau.desk.alerts[0].summary == before
+    assert "no-answer" in bureau.desk.alerts[1].summary
+    bureau.look(LATE)
+    await asyncio.sleep(60)
+    assert bureau.keys == ["ublk3/1003/unserved"]
+    bureau.look(judged(VerdictKind.UNKNOWN, Action.ALERT, "no-answer"))
+    await asyncio.sleep(60)
+    bureau.look(LIVE)
+    await asyncio.sleep(60)
+    assert bureau.keys == []
+
+
 # --- deeds and the daemon itself --------------------------------------------------------------------------------------
 
 
@@ -479,6 +513,71 @@ async def test_one_alert_that_alertmanager_refuses_does_not_keep_it_from_the_oth
 
 
 @with_bureau(WEBHOOK)
+async def test_a_sink_that_refuses_everything_for_a_while_gets_it_all_the_same(bureau: Bureau) -> None:
+    """Its password is being changed."""
+    bureau.post.answers = {"hook": REFUSED}
+    bureau.look(WEDGED)
+    bureau.desk.degraded("journal", "amiss")
+    await asyncio.sleep(3 * 3600)
+    assert bureau.desk.stats["hook"].undeliverable == 0
+    bureau.post.answers = {}
+    await asyncio.sleep(400)
+    assert sorted(bureau.post.told()) == [("daemon/journal", "raised"), ("ublk3/1003/wedged", "raised")]
+    assert bureau.desk.undelivered == ()
+
+
+@pytest.mark.parametrize("seconds", [60, 100, 900, 7200])
+def test_what_lasts_is_told_to_alertmanager_again_after_it_has_refused_everything_for_a_while(seconds: float) -> None:
+    async def story() -> None:
+        bureau = Bureau(ALERTMANAGER)
+        bureau.look(WEDGED, replace(LATE, seen=replace(LATE.seen, dev_id=4, identity=Identity(44))))
+        await asyncio.sleep(300)
+        bureau.post.answers = {"am": REFUSED}
+        await asyncio.sleep(seconds)
+        bureau.post.answers = {}
+        bureau.post.taken.clear()
+        await asyncio.sleep(80)
+        assert sorted(set(bureau.post.told("am"))) == [("ublk3/1003/wedged", "raised"), ("ublk4/44/unserved", "raised")]
+        await asyncio.sleep(3600)
+        assert bureau.post.taken[-1].at >= asyncio.get_running_loop().time() - ALERTMANAGER.resend - 1
+        assert bureau.desk.stats["am"].undeliverable == 0
+        bureau.desk.close()
+
+    run(story())
+
+
+@with_bureau(ALERTMANAGER)
+async def test_an_alert_that_lasts_does_not_end_for_alertmanager_over_a_short_outage(bureau: Bureau) -> None:
+    bureau.look(WEDGED)
+    await asyncio.sleep(301)
+    for seconds in (70, 130, 150, 200):
+        bureau.post.answers = {"am": DOWN}
+        await asyncio.sleep(seconds)
+        bureau.post.answers = {}
+        await asyncio.sleep(600)
+    times = [each.at for each in bureau.post.taken]
+    gaps = [later - sooner for sooner, later in itertools.pairwise(times)]
+    assert 200 < max(gaps) < 300  # it ends by itself after 300 s
+
+
+@with_bureau(ALERTMANAGER)
+async def test_what_alertmanager_will_not_take_is_offered_to_it_now_and_then_and_is_no_noise(bureau: Bureau) -> None:
+    bureau.post.unwanted = {"daemon/bad", "daemon/worse"}
+    for cause in ("good", "bad", "worse"):
+        bureau.desk.degraded(cause, "amiss")
+    await asyncio.sleep(3600)
+    assert bureau.desk.stats["am"].undeliverable == 2
+    bureau.events.clear()
+    tries = bureau.post.tries["am"]
+    await asyncio.sleep(3600)
+    assert 60 + 2 * 10 <= bureau.post.tries["am"] - tries <= 60 + 2 * 16
+    assert bureau.events == []
+    bureau.post.unwanted = set()
+    await asyncio.sleep(400)
+    assert {key for key, _ in bureau.post.told("am")} == {"daemon/bad", "daemon/good", "daemon/worse"}
+
+
+@with_bureau(WEBHOOK)
 async def test_what_nobody_takes_for_a_day_is_given_up_also_across_restarts(bureau: Bureau) -> None:
     bureau.post.answers = {"hook": DOWN}
     bureau.desk.degraded("journal", "amiss")
@@ -506,6 +605,43 @@ async def test_a_rate_limit_spreads_a_storm_and_the_critical_ones_are_first(bure
     assert bureau.desk.stats["hook"].suppressed == 16
     await asyncio.sleep(4 * 60)
     assert len(bureau.post.told("hook")) == 21
+
+
+@with_bureau(replace(WEBHOOK, rate_limit=RateLimit(30, 3600.0)))
+async def test_a_critical_alert_does_not_wait_behind_what_a_rate_limit_has_kept_for_hours(bureau: Bureau) -> None:
+    many = [pinned(dev_id) for dev_id in range(200)]
+    bureau.look(*many)
+    await asyncio.sleep(3 * 3600 + 60)
+    bureau.look(*many, replace(WEDGED, seen=replace(WEDGED.seen, dev_id=900)))
+    await asyncio.sleep(3600)
+    waited = next(each.at for each in bureau.post.taken if each.key.endswith("wedged"))
+    assert asyncio.get_running_loop().time() - waited <= 3600
+    assert bureau.desk.queue_length > 0
+
+
+@with_bureau(WEBHOOK)
+async def test_a_sink_that_takes_only_a_part_is_said_once_until_it_changes_and_is_seen(bureau: Bureau) -> None:
+    async def one(cause: str, answer: Answer) -> None:
+        bureau.post.answers = {"hook": answer}
+        bureau.desk.degraded(cause, "amiss")
+        await asyncio.sleep(1)
+
+    whole = Answer(ok=True, permanent=False, detail="taken by a, b", seconds=0.1)
+    await one("first", replace(whole, detail="taken by a; not for b (550 no such user, id 1)", missed="b"))
+    await one("second", replace(whole, detail="taken by a; not for b (550 no such user, id 2)", missed="b"))
+    (state,) = bureau.desk.sinks
+    assert (state.missed, state.last_error, state.waiting) == ("b", "", 0)
+    assert state.to_object()["missed"] == "b"
+    (said,) = bureau.journal("missing")
+    assert (said.level, said.facts["sink"]) == (Level.WARNING, "hook")
+    assert "550 no such user, id 1" in said.text
+    assert "delivered to hook, not to b" in bureau.journal("delivered")[0].text
+    await one("third", replace(whole, missed="b, c"))
+    assert len(bureau.journal("missing")) == 2
+    await one("fourth", whole)
+    await one("fifth", whole)
+    assert bureau.desk.sinks[0].missed == ""
+    assert [event.level for event in bureau.journal("complete")] == [Level.INFO]
 
 
 @with_bureau(replace(MAIL, reminder=Reminder.DAILY))
@@ -635,7 +771,7 @@ async def test_where_nothing_can_be_read_it_is_told_again_and_gone_on_with_when_
 async def test_records_that_are_damaged_are_dropped_and_said_and_keep_nobody_from_the_rest(bureau: Bureau) -> None:
     bureau.look(WEDGED)
     await asyncio.sleep(5)
-    good = {key: json.loads(value) for key, value in bureau.saved.items()}
+    good = {key: json.loads(value) for key, value in bureau.saved.items() if key != book.SINKS}
     ((key, record),) = good.items()
     damaged: dict[str, Any] = {
         "alert/x#1": None,
@@ -677,21 +813,101 @@ async def test_a_sink_that_comes_hears_of_what_is_open_and_one_that_goes_is_forg
     assert bureau.post.tries["hook"] == tries
 
 
+@pytest.mark.parametrize("is_restarted", [False, True])
+def test_what_waits_for_a_sink_that_is_no_more_is_undeliverable_and_said(is_restarted: bool) -> None:  # noqa: FBT001
+    async def story() -> None:
+        bureau = Bureau(WEBHOOK)
+        bureau.look(WEDGED)
+        await asyncio.sleep(1)
+        bureau.post.answers = {"hook": DOWN}
+        many_cleaned(bureau, 1, first=7)
+        bureau.look(judged(VerdictKind.WEDGED, Action.ALERT, "overdue", 4), full=True)
+        await asyncio.sleep(1)
+        another = replace(WEBHOOK, name="chat")
+        if is_restarted:
+            bureau.restart(another)
+        else:
+            bureau.desk.configure([another])
+        given_up = [(each["key"], each["sink"], each["notice"]) for each in bureau.desk.undelivered]
+        assert given_up == [
+            ("ublk3/1003/wedged", "hook", "over"),
+            ("ublk7/1007/cleaned", "hook", "raised"),
+            ("ublk4/1004/wedged", "hook", "raised"),
+        ]
+        (said,) = bureau.journal("left")
+        assert (said.level, said.facts["count"], said.facts["sink"]) == (Level.WARNING, 3, "hook")
+        bureau.desk.configure([another])
+        assert len(bureau.journal("left")) == 1
+        bureau.desk.close()
+
+    run(story())
+
+
+@pytest.mark.parametrize("is_restarted", [False, True])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (WEBHOOK, replace(WEBHOOK, url="http://127.0.0.1:2")),
+        (replace(MAIL, name="hook", to=("a@x",)), replace(MAIL, name="hook", to=("b@x",))),
+        (WEBHOOK, replace(MAIL, name="hook")),
+    ],
+    ids=["url", "to", "kind"],
+)
+def test_a_sink_that_leads_elsewhere_hears_of_what_is_open_and_of_what_waits(
+    before: SinkConfig,
+    after: SinkConfig,
+    is_restarted: bool,  # noqa: FBT001
+) -> None:
+    async def story() -> None:
+        bureau = Bureau(before)
+        bureau.look(WEDGED)
+        await asyncio.sleep(1)
+        bureau.post.answers = {"hook": DOWN}
+        many_cleaned(bureau, 1, first=7)
+        await asyncio.sleep(1)
+        bureau.post.answers = {}
+        for sink in (after, after):
+            if is_restarted:
+                bureau.restart(sink)
+            else:
+                bureau.desk.configure([sink])
+            await asyncio.sleep(60)
+        told = [("ublk3/1003/wedged", "raised"), ("ublk3/1003/wedged", "raised"), ("ublk7/1007/cleaned", "raised")]
+        assert sorted(bureau.post.told()) == told
+        assert bureau.desk.undelivered == ()
+        assert "127.0.0.1" not in "".join(bureau.saved.values())  # of a webhook it is often a secret
+        bureau.desk.close()
+
+    run(story())
+
+
+@with_bureau(WEBHOOK)
+async def test_a_sink_that_changes_in_anything_else_stays_the_one_that_it_was(bureau: Bureau) -> None:
+    bureau.look(WEDGED)
+    await asyncio.sleep(1)
+    bureau.desk.configure([replace(WEBHOOK, timeout=3.0, labels={"team": "disks"}, secret_file="/etc/secret")])
+    await asyncio.sleep(60)
+    assert bureau.post.states() == ["raised"]
+    assert bureau.desk.stats["hook"].delivered == 1
+
+
 @with_bureau(WEBHOOK)
 async def test_a_configuration_that_is_read_anew_has_everything_tried_at_once_and_what_was_given_up_too(
     bureau: Bureau,
 ) -> None:
-    bureau.post.answers = {"hook": REFUSED}
+    bureau.post.unwanted = {"daemon/refused"}
     bureau.desk.degraded("refused", "amiss")
-    await asyncio.sleep(60)
+    bureau.desk.degraded("taken", "amiss")
+    await asyncio.sleep(120)
     bureau.post.answers = {"hook": DOWN}
     bureau.desk.degraded("down", "amiss")
     await asyncio.sleep(600)
     assert bureau.desk.stats["hook"].undeliverable == 1
-    bureau.post.answers = {}
+    bureau.post.answers, bureau.post.unwanted = {}, set()
     bureau.desk.configure(bureau.sinks)  # somebody has put the right password into the file
     await asyncio.sleep(1)
-    assert sorted(bureau.post.told()) == [("daemon/down", "raised"), ("daemon/refused", "raised")]
+    taken = {("daemon/down", "raised"), ("daemon/refused", "raised"), ("daemon/taken", "raised")}
+    assert set(bureau.post.told()) == taken
 
 
 @with_bureau(WEBHOOK)
@@ -818,6 +1034,43 @@ async def test_more_open_faults_than_there_is_place_for_do_not_push_each_other_o
     bureau.look(*left)
     await asyncio.sleep(10)
     assert {alert.dev_id for alert in bureau.desk.alerts} - {None} == {device.seen.dev_id for device in left}
+
+
+@with_bureau(WEBHOOK)
+async def test_more_critical_faults_than_there_is_place_for_are_counted_and_said_and_end(bureau: Bureau) -> None:
+    def late(dev_id: int) -> Judged:
+        return replace(LATE, seen=replace(LATE.seen, dev_id=dev_id, identity=Identity(1000 + dev_id)))
+
+    devices = [late(dev_id) for dev_id in range(book.MOST_ALERTS + 50)]
+    for _ in range(2):
+        bureau.look(*devices)
+        await asyncio.sleep(300)
+    (said,) = (alert for alert in bureau.desk.alerts if alert.dev_id is None)
+    assert said.key == "daemon/alerts"
+    assert said.summary == "50 alerts were dropped: there is no place for more than 1000, or 2 MiB of them"
+    assert len(bureau.keys) == book.MOST_ALERTS + 1
+    assert len([event for event in bureau.journal("raised") if event.facts["key"] == "daemon/alerts"]) == 1
+    left = devices[600:]
+    bureau.look(*left)
+    await asyncio.sleep(1200)
+    bureau.look(*left)
+    await asyncio.sleep(600)
+    assert {alert.dev_id for alert in bureau.desk.alerts} == {device.seen.dev_id for device in left}
+
+
+@with_bureau(WEBHOOK)
+async def test_what_is_kept_of_an_alert_is_counted_as_the_store_counts_it(bureau: Bureau) -> None:
+    summary = replace(WEDGED, verdict=replace(WEDGED.verdict, reason='"é" ' * 80))
+    bureau.look(summary, pinned(4))
+    await asyncio.sleep(5)
+    alerts = {key: value for key, value in bureau.saved.items() if key != book.SINKS}
+    assert len(alerts) == 2
+    sizes = sum(size_in_batch(key, value) for key, value in alerts.items())
+    assert sizes == bureau.desk._book._bytes
+    assert sizes > 1.1 * sum(map(len, alerts.values()))
+    bureau.restart()
+    assert bureau.desk._book._bytes == sizes
+    assert book.MOST_BYTES <= MOST_STATE // 2
 
 
 @with_bureau(WEBHOOK)

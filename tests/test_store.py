@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
 import resource
 import shutil
@@ -25,8 +26,9 @@ from duende_ublkd.core.model import Event, EventKind, Level
 from duende_ublkd.kernel.children import Children
 from duende_ublkd.report import store as store_module
 from duende_ublkd.report import writer as writer_module
+from duende_ublkd.report.alerts import book
 from duende_ublkd.report.reader import read_file
-from duende_ublkd.report.store import MOST_WAITING, TAIL, Record, Store
+from duende_ublkd.report.store import MOST_WAITING, TAIL, Record, Store, size_in_batch
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -234,6 +236,31 @@ def test_much_state_comes_back_though_it_fits_no_single_message(place: Path) -> 
         return state
 
     assert run(scenario()) == wanted
+
+
+def test_a_thousand_devices_and_a_full_book_of_alerts_are_kept_beside_each_other(place: Path) -> None:
+    heard = Heard()
+    devices = {f"device/{number}": '"' * 260 for number in range(1000)}  # as large as records of devices are
+    most = book.MOST_BYTES // 1000
+    alerts = {f"alert/{number}": {"alert": "x" * (most - 40)} for number in range(1000)}
+    wanted: dict[str, Any] = {**devices, **alerts}
+
+    async def scenario() -> dict[str, Any]:
+        async with opened(place, heard) as store:
+            for key, value in wanted.items():
+                store.save(key, value)
+            assert store.stats.trouble == ""
+            await written(store)
+        other = a_store(place)
+        state = await other.open()
+        await other.close()
+        return state
+
+    sizes = [sum(size_in_batch(key, json.dumps(each[key])) for key in each) for each in (devices, alerts)]
+    assert sizes[0] > 780_000
+    assert sizes[1] > 0.98 * book.MOST_BYTES
+    assert run(scenario()) == wanted
+    assert heard.troubles == []
 
 
 def test_state_that_is_too_large_is_refused_aloud_and_the_former_value_stays(place: Path) -> None:

@@ -4,7 +4,8 @@ Rules:
 1. One fault is one alert. Its key is made of what stays the same as long as the fault lasts (the device's id, which
    instance of the id, and the kind), and never of what changes meanwhile (its age, its holders, its sentence).
 2. What raises an alert is narrower than what keeps it: a device that has called somebody because nobody serves it is not
-   well because somebody has just begun to recover it. So `fault_of` and `lasts` are two questions.
+   well because somebody has just begun to recover it, nor because nothing can be seen of it. So `fault_of` and `lasts` are
+   two questions.
 3. An alert that is over stays over: the same fault, come again, is another alert with the same key and a later time.
 4. What is here is foreign text made printable already, and JSON: it is kept in the journal and sent to other machines.
 """
@@ -210,8 +211,12 @@ def fault_of(device: Judged) -> AlertKind | None:
 
 
 def lasts(kind: AlertKind, device: Judged) -> bool:
-    """Whether the fault that somebody was called for is still there. Nobody's hands being on it mend nothing."""
+    """Whether the fault that somebody was called for is still there, as far as anybody can see. Nobody's hands being on it
+    mend nothing.
+    """
     verdict = device.verdict
+    if verdict.kind is VerdictKind.UNKNOWN:
+        return True
     match kind:
         case AlertKind.UNSERVED | AlertKind.RECOVERY_FAILED | AlertKind.RECOVERY_GIVEN_UP:
             return verdict.kind in (VerdictKind.UNSERVED, VerdictKind.RECOVERING)

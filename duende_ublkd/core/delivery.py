@@ -5,15 +5,18 @@ Rules:
    is over, in this order. The same fault, come again, is told of when its former alert is done with. What has been
    delivered is repeated only where nobody knows that it was: at least once.
 2. A sink that does not take what it is told gets it again, later each time, one try at a time whatever else waits: a dead
-   sink costs one try in five minutes. What is tried again loses its place in the queue little by little, so that one
-   notice which is never taken does not keep the others waiting, nor they it. Nor is it in one message with what has not
-   failed yet.
-3. What waits is told in the order in which it came up, an hour of waiting being worth as much as a step in severity. So
+   sink costs one try in five minutes, a dead Alertmanager one a minute. What is tried again loses its place in the
+   queue little by little, so that one notice which is never taken does not keep the others waiting, nor they it. Nor is it
+   in one message with what has not failed yet.
+3. A sink that says "never" may mean all that it is told: its password is being changed, its server is set up anew. Only
+   where it takes others does that say something of the notice, which is then given up soon; else it is tried for a day.
+4. What waits is told in the order in which it came up, a day of waiting being worth as much as a step in severity. So
    behind a rate limit the critical ones come first, and still nothing waits for ever.
-4. Alertmanager forgets what it does not hear again. It hears of all open alerts in each `resend`, and of those that are
+5. Alertmanager forgets what it does not hear again. It hears of all open alerts in each `resend`, and of those that are
    over for as long as Prometheus would tell it. It tells people of a group of alerts only after gathering it, and of none
-   that is over by then: so an alert is open for it for a while, however short the fault was.
-5. Times are seconds of one steady clock that means about the same in the next process: the epoch as of a process's start.
+   that is over by then: so an alert is open for it for a while, however short the fault was. What it does not hear of for
+   five minutes is over for it: pauses after failures are short there, and no refusal ends the telling of what is open.
+6. Times are seconds of one steady clock that means about the same in the next process: the epoch as of a process's start.
 """
 
 from __future__ import annotations
@@ -33,15 +36,16 @@ if TYPE_CHECKING:
 
 GIVE_UP_AFTER = 86_400.0  # seconds
 TRY_AFRESH_FOR = 3600.0  # seconds, of a process that finds out that its former one has tried for long
-MOST_REFUSALS = 6  # by a sink that says that it will never take it: half a minute, in which a server may be replaced
+MOST_REFUSALS = 6  # by a sink that says that it will never take it, and has taken others meanwhile: a minute
 FIRST_PAUSE = 1.0  # seconds after a try that failed; doubles
 LONGEST_PAUSE = 300.0
+LONGEST_PAUSE_OF_SERVICE = 60.0  # Alertmanager takes for over what it has not heard of for five of them
 JITTER = 0.25  # of the pause, up or down: what was down for many machines is not asked by all of them at once
 RESOLVED_FOR = 900.0  # seconds, as Prometheus has it
 LEAST_OPEN = 60.0  # seconds; twice what Alertmanager gathers a group for (group_wait), unless it is told otherwise
 MOST_AT_ONCE = 64  # alerts in one message to Alertmanager
 DAY = 86_400.0
-_STEP = 3600.0  # seconds of waiting that a step in severity is worth
+_STEP = DAY  # seconds of waiting that a step in severity is worth
 _PER_TRY = 60.0  # and what each try costs
 _MOST_TRIES = 60
 _DOUBLINGS = 9  # and then a pause is beyond the longest anyway
@@ -88,10 +92,11 @@ class Progress:
     refusals: int = 0  # how many of them were answered with "never", and
     splits: int = 0  # how many were when others were in the same message
     not_before: float = 0.0
+    is_doubted: bool = False  # the sink has taken others since the first of these tries
 
     def told(self, state: State, now: float, *, ends_here: bool) -> Progress:
         """The sink has taken it. `ends_here`: it need not hear that the alert is over."""
-        told = replace(self, sent_at=now, tries=0, refusals=0, splits=0, not_before=0.0)
+        told = replace(self._untried(), sent_at=now)
         if state is State.OVER or ends_here:
             return replace(told, stage=Stage.DONE, told_at=now if self.stage is not Stage.DONE else self.told_at)
         if state is State.REMINDER:
@@ -100,29 +105,49 @@ class Progress:
             return told
         return replace(told, stage=Stage.TOLD, told_at=now)
 
-    def failed(self, now: float, dice: float, *, refused: bool, alone: bool = True) -> Progress:
+    def failed(
+        self, now: float, dice: float, *, refused: bool, alone: bool = True, longest: float = LONGEST_PAUSE
+    ) -> Progress:
         """The sink has not taken it. `refused`: and says that it never will; perhaps because of another, if not `alone`."""
+        if refused and self.stage is Stage.LOST:
+            longest = LONGEST_PAUSE  # Alertmanager has never known it
         return replace(
             self,
             tries=self.tries + 1,
             refusals=self.refusals + alone if refused else 0,
             splits=self.splits + (refused and not alone),
-            not_before=now + pause_after(self.tries - self.splits + 1, dice),
+            not_before=now + pause_after(self.tries - self.splits + 1, dice, longest),
         )
 
     def soon(self) -> Progress:
-        """Nothing speaks against another try any more."""
-        return replace(self, not_before=0.0) if self.not_before else self
+        """Nothing speaks against another try any more: the sink may be another by now. Refusals are counted anew."""
+        if not self.tries:
+            return self
+        tries = max(self.tries - self.splits, 1)
+        return replace(self, tries=tries, refusals=0, splits=0, not_before=0.0, is_doubted=False)
+
+    def after_another(self, failures: int) -> Progress:
+        """The sink has taken another one, after so many failures. More than one: it was the sink, and no notice that it
+        cannot take. What it refuses from now on, it refuses for itself.
+        """
+        if not self.tries:
+            return self
+        if self.is_doubted:
+            return replace(self, not_before=0.0) if failures > 1 else self
+        return replace(self.soon() if failures > 1 else replace(self, refusals=0), is_doubted=True)
 
     def over(self, now: float) -> Progress:
         """The alert is over: that is what there is to tell next, unless its beginning is not told yet."""
         if self.stage is not Stage.TOLD:
             return self
-        return replace(self, since=now, tries=0, refusals=0, splits=0, not_before=0.0)
+        return replace(self._untried(), since=now)
+
+    def _untried(self) -> Progress:
+        return replace(self, tries=0, refusals=0, splits=0, not_before=0.0, is_doubted=False)
 
     def lost(self) -> Progress:
-        """Nobody tries any more."""
-        return replace(self, stage=Stage.LOST, tries=0, not_before=0.0)
+        """Nobody tries any more; but Alertmanager hears of what is open, as one of those that have failed."""
+        return replace(self, stage=Stage.LOST)
 
     def to_object(self) -> list[Any]:
         """JSON that `from_object` understands. Tries are counted anew by the next process, which tries at once."""
@@ -164,13 +189,13 @@ class Account:
         taken = (*self._counted(now, sink), now) if sink.rate_limit else ()
         return Account(taken=taken, round_began=self.round_began)
 
-    def failed(self, now: float, dice: float) -> Account:
+    def failed(self, now: float, dice: float, longest: float = LONGEST_PAUSE) -> Account:
         """It has not."""
         return replace(
             self,
             failures=self.failures + 1,
             failing_since=now if self.failing_since is None else self.failing_since,
-            not_before=now + pause_after(self.failures + 1, dice),
+            not_before=now + pause_after(self.failures + 1, dice, longest),
         )
 
     def restored(self, failing_since: float | None, taken: Sequence[float], now: float) -> Account:
@@ -224,9 +249,14 @@ class Plan(NamedTuple):
     held: tuple[Due, ...] = ()
 
 
-def pause_after(failures: int, dice: float) -> float:
+def longest_pause(sink: SinkConfig) -> float:
+    """Seconds between two tries, at most and on average."""
+    return min(sink.resend, LONGEST_PAUSE_OF_SERVICE) if sink.sink is SinkKind.ALERTMANAGER else LONGEST_PAUSE
+
+
+def pause_after(failures: int, dice: float, longest: float = LONGEST_PAUSE) -> float:
     """Seconds until the next try; `dice`: a random number from 0 to 1."""
-    pause = min(FIRST_PAUSE * 2.0 ** min(max(failures - 1, 0), _DOUBLINGS), LONGEST_PAUSE)
+    pause = min(FIRST_PAUSE * 2.0 ** min(max(failures - 1, 0), _DOUBLINGS), longest)
     return pause * (1 + JITTER * (2 * dice - 1))
 
 
@@ -294,9 +324,18 @@ def has_done_with(entry: Entry, sink: SinkConfig) -> bool:
     return stage in (Stage.DONE, Stage.LOST) or (stage is Stage.TOLD and _ends_when_told(entry.alert, sink))
 
 
+def owed(progress: Progress, alert: Alert) -> State | None:
+    """What a sink has not been told of an alert, whatever it asks for."""
+    if progress.stage is Stage.UNTOLD:
+        return State.RAISED
+    return State.OVER if progress.stage is Stage.TOLD and alert.is_over else None
+
+
 def is_hopeless(progress: Progress, account: Account, now: float) -> bool:
-    """Nobody is to try any more: it was refused often enough, or has waited for a day of nothing but failures."""
-    if progress.refusals >= MOST_REFUSALS:
+    """Nobody is to try any more: it was refused often enough by a sink that takes others, or has waited for a day of
+    nothing but failures.
+    """
+    if progress.is_doubted and progress.refusals >= MOST_REFUSALS:
         return True
     if account.failing_since is None:
         return False
@@ -372,8 +411,6 @@ def _due_to_alertmanager(entry: Entry, sink: SinkConfig, account: Account) -> Du
     again_at = account.round_began if progress.sent_at < account.round_began else account.round_began + sink.resend
     if progress.stage is Stage.UNTOLD:
         return Due(entry, State.RAISED, progress.since)
-    if progress.refusals >= MOST_REFUSALS:
-        return None
     if not entry.alert.is_over:  # also where it was given up: nothing is lost by saying it again
         return Due(entry, State.RAISED, again_at, is_news=False)
     if progress.stage is Stage.TOLD:

@@ -40,7 +40,7 @@ MOST_WAITING_BYTES = 4 << 20
 MOST_TEXT = 4096  # bytes of UTF-8
 MOST_FACTS = 4096  # bytes of JSON
 MOST_READ = 1000  # records of one read
-MOST_STATE = 1 << 20  # bytes of all keys and values
+MOST_STATE = 4 << 20  # bytes of all keys and values: a thousand devices are 800 KB, and alerts have half of it
 MOST_VALUE = 48 << 10
 MOST_UNSAVED = 5000  # keys
 
@@ -275,8 +275,8 @@ class Store:
             return
         if encoded is None and before is None and self._state_read.done():
             return
-        size = _size(key, encoded)
-        total = self._state_bytes - _size(key, before) + size
+        size = size_in_batch(key, encoded)
+        total = self._state_bytes - size_in_batch(key, before) + size
         is_one_more = key not in self._unsaved and len(self._unsaved) >= MOST_UNSAVED
         if size > MOST_VALUE or total > MOST_STATE or is_one_more:
             self._refuse(key, size)
@@ -483,7 +483,7 @@ class Store:
     def _take_state(self, rows: Iterable[list[Any]], last_seq: int) -> None:
         """What is saved since is newer than what is read."""
         for key, value in rows:
-            more = _size(key, value) - _size(key, self._state.get(key))
+            more = size_in_batch(key, value) - size_in_batch(key, self._state.get(key))
             if key not in self._unsaved and self._state_bytes + more <= MOST_STATE:
                 self._state_bytes += more
                 self._state[key] = value
@@ -638,7 +638,7 @@ def _json(value: object) -> str | None:
         return None
 
 
-def _size(key: str, value: str | None) -> int:
+def size_in_batch(key: str, value: str | None) -> int:
     """Of a state's value in a batch: JSON in JSON."""
     return 0 if value is None else len(json.dumps([key, value]))
 

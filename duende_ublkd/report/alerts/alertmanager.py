@@ -6,6 +6,8 @@ Facts:
 - The members of a cluster tell each other of notifications and not of alerts: each gets all. One that takes them is enough.
 - An alert is over when its endsAt is past. A firing one gets an endsAt, too, some resends away, so that it ends by itself
   when the daemon does; Prometheus does the same. One for trial ends by itself in any case.
+- One that begins or ends in the future fires until then, whatever it is said to be: what was noted while the clock was
+  ahead counts as of now.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from duende_ublkd.core.text import printable
+from duende_ublkd.report.alerts.answer import Taken
 from duende_ublkd.report.alerts.aside import UndeliveredError
 from duende_ublkd.report.alerts.posting import Target, post
 
@@ -28,8 +31,8 @@ MOMENT = timedelta(minutes=5)
 _RESENDS = 4  # missed ones until a firing alert ends by itself; as Prometheus
 
 
-async def deliver(targets: Sequence[Target], notices: Iterable[Mapping[str, Any]]) -> str:
-    """Send to all members; what there is to say though it went well. UndeliveredError: none took it."""
+async def deliver(targets: Sequence[Target], notices: Iterable[Mapping[str, Any]]) -> Taken:
+    """Send to all members. UndeliveredError: none took it."""
     resend = float(targets[0].sink.get("resend") or 60.0)
     now = datetime.now(UTC)
     alerts = {
@@ -43,8 +46,9 @@ async def deliver(targets: Sequence[Target], notices: Iterable[Mapping[str, Any]
         is_permanent = all(trouble.is_permanent for _, trouble in troubles)
         raise UndeliveredError("; ".join(texts), is_permanent=is_permanent)
     if troubles:
-        return f"taken by {len(targets) - len(troubles)} of {len(targets)}; not by {'; '.join(texts)}"
-    return f"taken by {', '.join(target.place for target in targets)}"
+        detail = f"taken by {len(targets) - len(troubles)} of {len(targets)}; not by {'; '.join(texts)}"
+        return Taken(detail, ", ".join(target.place for target, _ in troubles))
+    return Taken(f"taken by {', '.join(target.place for target in targets)}")
 
 
 async def _tell(target: Target, body: bytes) -> UndeliveredError | None:
@@ -58,7 +62,7 @@ async def _tell(target: Target, body: bytes) -> UndeliveredError | None:
 
 def alert_object(notice: Mapping[str, Any], sink: Mapping[str, Any], now: datetime, resend: float) -> dict[str, Any]:
     """A postable alert. `resend`: seconds until it is sent again while it lasts."""
-    raised_at = datetime.fromisoformat(notice["raised_at"])
+    starts_at = min(datetime.fromisoformat(notice["raised_at"]), now)
     return {
         "labels": labels_of(notice, sink),
         "annotations": {
@@ -66,8 +70,8 @@ def alert_object(notice: Mapping[str, Any], sink: Mapping[str, Any], now: dateti
             "description": _description(notice),
             "runbook_url": printable(str(notice["runbook_url"]), 300),
         },
-        "startsAt": raised_at.isoformat(timespec="milliseconds"),
-        "endsAt": _ends_at(notice, raised_at, now, resend).isoformat(timespec="milliseconds"),
+        "startsAt": starts_at.isoformat(timespec="milliseconds"),
+        "endsAt": _ends_at(notice, starts_at, now, resend).isoformat(timespec="milliseconds"),
     }
 
 
@@ -90,11 +94,12 @@ def name_of(kind: str) -> str:
     return "DuendeUblkd" + "".join(word.capitalize() for word in kind.split("-"))
 
 
-def _ends_at(notice: Mapping[str, Any], raised_at: datetime, now: datetime, resend: float) -> datetime:
+def _ends_at(notice: Mapping[str, Any], starts_at: datetime, now: datetime, resend: float) -> datetime:
     if notice["state"] == "over" and notice.get("over_at"):
-        return max(datetime.fromisoformat(notice["over_at"]), raised_at)  # one that ends before it begins is refused
+        over_at = max(datetime.fromisoformat(notice["over_at"]), starts_at)  # one that ends before it begins is refused
+        return min(over_at, now)
     again = timedelta() if notice["state"] == "test" else timedelta(seconds=_RESENDS * resend)
-    return max(now, raised_at) + max(again, MOMENT)
+    return now + max(again, MOMENT)
 
 
 def _description(notice: Mapping[str, Any]) -> str:

@@ -13,3 +13,12 @@ class Answer:
     permanent: bool
     detail: str  # printable, of at most 300 characters
     seconds: float
+    missed: str = ""  # which parts of the sink have not got it, though others have
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What there is to say of a delivery that went well. `missed`: the names of those that have not got it."""
+
+    detail: str
+    missed: str = ""

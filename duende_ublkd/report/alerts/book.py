@@ -7,7 +7,8 @@ Rules:
 2. The latest alert of a key is the one that may be open. An earlier one of the same key that was never ended is the same
    fault, and told of with the later one.
 3. The book is bounded, in alerts and in bytes. For a new alert goes what is done with, then what counts less, then what is
-   over. What is open and counts as much stays: else each look would put another one out.
+   over. What is open and counts as much stays: else each look would put another one out. So does the alert that says that
+   there is no place: it would be raised again by its own end, without end.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from duende_ublkd.core import delivery
 from duende_ublkd.core.alerting import Alert, checked_time
 from duende_ublkd.core.delivery import Progress, Stage
+from duende_ublkd.report.store import size_in_batch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -28,8 +30,9 @@ if TYPE_CHECKING:
 
 PREFIX = "alert/"  # of what is saved
 SINKS = f"{PREFIX}sinks"
+NO_PLACE = "daemon/alerts"  # the key of the alert that there is no place for another one
 MOST_ALERTS = 1000
-MOST_BYTES = 500 << 10  # of all that is saved of them; the store has a megabyte for everybody
+MOST_BYTES = 2 << 20  # of all that is saved of them, as the store counts it: half of what that takes of everybody
 HOLD_DOWN = 10.0  # seconds that a fault has to be gone
 LONGEST_HOLD_DOWN = 3600.0
 KEPT = delivery.RESOLVED_FOR  # seconds that what is over is remembered
@@ -164,7 +167,7 @@ class Book:
     def save(self, case: Case) -> None:
         """As it is now."""
         record = case.to_object()
-        size = len(json.dumps(record))
+        size = size_in_batch(case.place, json.dumps(record))
         self._changes += 1
         self._bytes += size - case.size
         case.size = size
@@ -222,7 +225,7 @@ class Book:
             return
         self._last_number = max(self._last_number, case.number)
         self._latest.setdefault(case.alert.key, case)
-        case.size = len(json.dumps(case.to_object()))
+        case.size = size_in_batch(case.place, json.dumps(case.to_object()))
         self._bytes += case.size
         self._enter(case)
 
@@ -237,6 +240,8 @@ class Book:
 
 
 def _gives_way(case: Case, alert: Alert) -> bool:
+    if case.alert.key == NO_PLACE and not case.alert.is_over:
+        return False
     if case.is_done_with or not case.alert.severity.at_least(alert.severity):
         return True
     return case.alert.is_over and case.alert.severity is alert.severity

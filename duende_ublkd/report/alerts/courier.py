@@ -33,6 +33,8 @@ from duende_ublkd.report.alerts.posting import Target
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Mapping
 
+    from duende_ublkd.report.alerts.answer import Taken
+
 MOST_DETAIL = 300  # characters
 MOST_MEMORY = 256 << 20  # bytes of data: ten times what it takes
 MOST_FILES = 1024
@@ -95,16 +97,17 @@ class Courier:
 
     async def _deliver(self, order: Mapping[str, Any]) -> None:
         began = time.monotonic()
-        is_ok, is_permanent = False, False
+        is_ok, is_permanent, missed = False, False, ""
         try:
-            detail = await deliver(self._targets_of(order["sink"]), order["notices"])
-            is_ok = True
+            taken = await deliver(self._targets_of(order["sink"]), order["notices"])
+            is_ok, detail, missed = True, taken.detail, taken.missed
         except UndeliveredError as error:
             detail, is_permanent = str(error), error.is_permanent
         except Exception as error:  # noqa: BLE001 - told, and tried again later; the other sinks go on
             detail = f"the courier has a defect: {error!r}"
         answer = {"id": order["id"], "ok": is_ok, "permanent": is_permanent, "detail": printable(detail, MOST_DETAIL)}
-        await self._send({**answer, "seconds": round(time.monotonic() - began, 3)})
+        answer |= {"missed": printable(missed, MOST_DETAIL), "seconds": round(time.monotonic() - began, 3)}
+        await self._send(answer)
 
     def _targets_of(self, name: str) -> list[Target]:
         targets = self._targets.get(name)
@@ -127,8 +130,8 @@ def targets_of(sink: Mapping[str, Any]) -> list[Target]:
     return [Target(url, sink) for url in base] if sink["sink"] == "alertmanager" else [Target(str(sink["url"]), sink)]
 
 
-async def deliver(targets: list[Target], notices: list[dict[str, Any]]) -> str:
-    """Within the sink's time; what there is to say of it. UndeliveredError."""
+async def deliver(targets: list[Target], notices: list[dict[str, Any]]) -> Taken:
+    """Within the sink's time. UndeliveredError."""
     sink = targets[0].sink
     if sink["sink"] == "alertmanager":  # each member has its own time
         return await alertmanager.deliver(targets, notices)

@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 from duende_ublkd import __version__
 from duende_ublkd.core.alerting import Alert, AlertKind, Severity, fault_of, is_part_of, lasts, takes_the_place_of
 from duende_ublkd.core.delivery import Now, State
-from duende_ublkd.core.model import Action, EventKind, Level, Outcome
+from duende_ublkd.core.model import Action, EventKind, Level, Outcome, VerdictKind
 from duende_ublkd.core.text import printable
-from duende_ublkd.report.alerts.book import KEPT, MOST_ALERTS, SINKS, Book, Case
+from duende_ublkd.report.alerts.book import KEPT, MOST_ALERTS, MOST_BYTES, NO_PLACE, SINKS, Book, Case
 from duende_ublkd.report.alerts.sending import Sending
 from duende_ublkd.report.journal import facts_of, sentence_of
 from duende_ublkd.report.objects import alert_object, notice_object
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 MOST_SUMMARY = 500  # characters
 MOST_FACTS = 700  # bytes of JSON
 _DRIVER = "daemon/driver"
-_NO_PLACE = "alerts"  # the cause of being degraded
 
 
 class Desk:
@@ -152,11 +151,7 @@ class Desk:
         self._fit_to_sinks()
 
     def _fit_to_sinks(self) -> None:
-        for case in self._book:
-            told = self._sending.told_now(case)
-            if told != case.told:
-                case.told = told
-                self._book.save(case)
+        self._sending.fit()
         self._wake()
 
     async def test(self, sink: str | None) -> list[dict[str, Any]]:
@@ -226,7 +221,8 @@ class Desk:
             if instance is not None and case.alert.instance not in (None, instance):
                 self._end(case, f"the id {dev_id} is another device's now")
             elif lasts(case.alert.kind, device):
-                self._confirm(case, sentence_of(device))
+                is_seen = device.verdict.kind is not VerdictKind.UNKNOWN or case.alert.kind is AlertKind.UNKNOWN
+                self._confirm(case, sentence_of(device) if is_seen else case.alert.summary)
             else:
                 self._doubt(case, sentence_of(device))
         kind = fault_of(device)
@@ -340,7 +336,7 @@ class Desk:
 
     def _has_place_for(self, alert: Alert) -> bool:
         """Make it, where something counts less. A fault that is left out is raised as soon as there is a place."""
-        while self._book.is_full and alert.key != f"daemon/{_NO_PLACE}":
+        while self._book.is_full and alert.key != NO_PLACE:
             victim = self._book.least(alert)
             if victim is None:
                 if alert.key not in self._left_out:
@@ -357,7 +353,9 @@ class Desk:
             self._left_out.add(alert.key)
         self._dropped += 1
         self._sending.count_dropped(told)
-        self.degraded(_NO_PLACE, f"{self._dropped} alerts were dropped: there is no place for more than {MOST_ALERTS}")
+        limit = f"{MOST_ALERTS}, or {MOST_BYTES >> 20} MiB of them"
+        text = f"{self._dropped} alerts were dropped: there is no place for more than {limit}"
+        self._raise_of_daemon(AlertKind.DEGRADED, NO_PLACE, text)
 
     def _notice(self, alert: Alert, state: State, sink: SinkConfig) -> Mapping[str, Any]:
         return notice_object(alert, state, host=self._host, version=__version__, labels=sink.labels)
@@ -400,7 +398,7 @@ class Desk:
             else:
                 self._book.forget(case)
         if self._dropped and self._book.is_half_empty:
-            self._be_well(f"daemon/{_NO_PLACE}", "there is place for alerts again")
+            self._be_well(NO_PLACE, "there is place for alerts again")
         return times
 
     def _raise_what_lasts(self, now: float) -> list[float]:

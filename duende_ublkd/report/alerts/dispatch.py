@@ -228,6 +228,7 @@ class Courier:
             permanent=bool(message["permanent"]),
             detail=printable(str(message["detail"]), MOST_DETAIL),
             seconds=float(message["seconds"]),
+            missed=printable(str(message["missed"]), MOST_DETAIL),
         )
         if asked := self._asked.pop(message["id"], None):
             self._pause = self._first_pause

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from duende_ublkd import __version__
 from duende_ublkd.core.text import printable
+from duende_ublkd.report.alerts.answer import Taken
 from duende_ublkd.report.alerts.aside import UndeliveredError
 from duende_ublkd.report.alerts.files import read_secret
 from duende_ublkd.report.alerts.posting import (
@@ -48,7 +49,7 @@ _HARD = 500  # replies from here on mean never
 _STATES = {"raised": "", "reminder": "still: ", "over": "over: ", "test": "test: "}
 
 
-async def deliver(targets: Sequence[Target], notices: Sequence[Mapping[str, Any]]) -> str:
+async def deliver(targets: Sequence[Target], notices: Sequence[Mapping[str, Any]]) -> Taken:
     """All on one connection; the first that nobody gets ends it, with UndeliveredError."""
     (target,) = targets
     host, _, port = str(target.sink["server"]).rpartition(":")
@@ -67,7 +68,7 @@ async def deliver(targets: Sequence[Target], notices: Sequence[Mapping[str, Any]
     text = f"taken by {target.place} for {printable(', '.join(to), MOST_SHOWN)}"
     if refused:
         text += "; not for " + "; ".join(f"{printable(each)} ({reply})" for each, reply in refused.items())
-    return text
+    return Taken(text, ", ".join(printable(each) for each in refused))
 
 
 async def _connected(target: Target, host: str, port: int) -> socket.socket:
@@ -127,7 +128,7 @@ def _hand_over(
         except smtplib.SMTPException as error:
             raise UndeliveredError(printable(str(error), MOST_SHOWN)) from error
         except ValueError as error:
-            raise UndeliveredError(f"no message can be made of it: {printable(str(error), MOST_SHOWN)}") from error
+            raise UndeliveredError(f"no message can be made of it: {_why_no_message(error)}") from error
         except OSError as error:
             raise UndeliveredError(f"the connection broke: {error.strerror or error}") from error
 
@@ -138,7 +139,7 @@ def _converse(
     tls, username = sink.get("tls") or "starttls", sink.get("username")
     if username and tls == "none" and not _is_here(connection):
         raise UndeliveredError('a password is not sent without TLS: tls = "starttls", or "tls"')
-    password = read_secret("password_file", sink["password_file"]).decode() if username else ""
+    password = _password(sink) if username else ""
     if tls == "tls":
         connection = tls_context(sink).wrap_socket(connection, server_hostname=host)
     session = _Session(connection, host)
@@ -157,6 +158,24 @@ def _converse(
         return refused
     finally:
         session.close()
+
+
+def _why_no_message(error: ValueError) -> str:
+    """Not what could not be encoded: it may be a secret."""
+    is_encoding = isinstance(error, UnicodeError)
+    return "something in it cannot be encoded" if is_encoding else printable(str(error), MOST_SHOWN)
+
+
+def _password(sink: Mapping[str, Any]) -> str:
+    """In ASCII: smtplib hands over nothing else."""
+    path = sink["password_file"]
+    password = read_secret("password_file", path)
+    if not password.isascii():
+        where = f"password_file {printable(path)}"
+        raise UndeliveredError(f"{where} has more than ASCII, which no mail server is sent: choose another password")
+    if not str(sink["username"]).isascii():
+        raise UndeliveredError("username has more than ASCII, which no mail server is sent")
+    return password.decode("ascii")
 
 
 class _Session(smtplib.SMTP):

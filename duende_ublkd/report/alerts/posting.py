@@ -229,9 +229,13 @@ def _credentials(sink: Mapping[str, Any]) -> dict[str, str]:
         return {"Authorization": f"Bearer {token.decode()}"}
     if username := sink.get("username"):
         path = sink.get("password_file")
-        password = read_secret("password_file", path).decode("utf-8", "surrogateescape") if path else ""
+        secret = read_secret("password_file", path) if path else b""
         try:
-            return {"Authorization": aiohttp.BasicAuth(username, password, "utf-8").encode()}
+            return {"Authorization": aiohttp.BasicAuth(username, secret.decode(), "utf-8").encode()}
+        except UnicodeError as error:  # not str(error), which shows a part of it
+            raise UndeliveredError(
+                f"password_file {printable(str(path))} is no UTF-8: is it the right file?"
+            ) from error
         except ValueError as error:
             raise UndeliveredError(f"username and password_file cannot be sent: {error}") from error
     return {}

@@ -4,14 +4,17 @@ Rules:
 1. Each sink has one delivery under way at most, and waits for none but its own. What is told next is core/delivery.py's to
    say; here is only kept what has become of it.
 2. A test goes before everything else, and past every limit: whoever sends one waits for its answer.
-3. What is said of a sink in the journal is said once: that it fails, and that it does not fail any more.
+3. What is said of a sink in the journal is said once: that it fails, or takes only a part, and that it does not any more.
+4. A sink is its name and where it leads to. One that leads elsewhere by now hears of what is open, as a new one does; what
+   its former place has not been told, it is told. What waits for a sink that is no more is undeliverable.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -38,6 +41,7 @@ MOST_TESTS = 4  # that wait for one sink
 _MOST_MESSAGE = 48 << 10  # bytes of the notices in one message
 _NO_ANSWER_AFTER = 60.0  # seconds beyond twice a sink's time limit: a deliverer has limits of its own
 _MOST_UNDELIVERED = 100
+_GONE = "not in the configuration any more"
 _MOST_TAKEN = 200  # of what a rate limit counts is kept over a restart
 
 
@@ -73,6 +77,7 @@ class SinkState:
     last_error: str
     next_try_at: float | None
     stats: SinkStats
+    missed: str = ""  # which parts of it did not get the last one, though others did
 
     def to_object(self) -> dict[str, Any]:
         """As JSON values."""
@@ -83,6 +88,7 @@ class SinkState:
             "waiting": self.waiting,
             "last_ok_at": None if self.last_ok_at is None else timestamp(self.last_ok_at),
             "last_error": self.last_error,
+            "missed": self.missed,
             "next_try_at": None if self.next_try_at is None else timestamp(self.next_try_at),
             "delivered": stats.delivered,
             "failed": stats.failed,
@@ -111,6 +117,8 @@ class _Sink:
         self.stats = SinkStats()
         self.last_ok_at: float | None = None
         self.last_error = ""
+        self.missed = ""
+        self.is_elsewhere = False  # it leads to another place than what it was told before was told to
         self.held: frozenset[tuple[int, State]] = frozenset()  # by the rate limit, and counted
 
     @property
@@ -188,7 +196,9 @@ class Sending:
         next_try_at = self._clock() + left if account.failures and sink.flight is None and left > 0 else None
         waiting = len(self._waiting(sink))
         kind = sink.config.sink.value
-        return SinkState(sink.name, kind, waiting, sink.last_ok_at, sink.last_error, next_try_at, sink.stats)
+        return SinkState(
+            sink.name, kind, waiting, sink.last_ok_at, sink.last_error, next_try_at, sink.stats, sink.missed
+        )
 
     def _waiting(self, sink: _Sink) -> list[Due]:
         return delivery.what_waits(self._entries(sink), sink.config, sink.account, self._now())
@@ -217,6 +227,9 @@ class Sending:
         former = self._former.get(sink.name)
         if not isinstance(former, dict):
             return
+        if former.get("to", place := _place_of(sink.config)) != place:
+            sink.is_elsewhere = True
+            return
         try:
             since, taken = former["failing_since"], [checked_time(each) for each in former["taken"]]
             failing_since = None if since is None else checked_time(since)
@@ -227,17 +240,16 @@ class Sending:
         sink.account = sink.account.restored(failing_since, taken, now)
 
     def configure(self, sinks: Iterable[SinkConfig]) -> None:
-        """From now on these. What is known of one that is no more is forgotten; the others are tried at once: somebody may
-        have mended what was wrong with them.
+        """From now on these; `fit` is to follow. What is known of one that is no more is forgotten; the others are tried at
+        once: somebody may have mended what was wrong with them.
         """
         wanted = {sink.name: sink for sink in sinks}
         for name in self._sinks.keys() - wanted.keys():
-            gone = Answer(ok=False, permanent=False, detail="it is not in the configuration any more", seconds=0.0)
-            self._sinks[name].settle_tests(gone)
+            self._sinks[name].settle_tests(Answer(ok=False, permanent=False, detail=f"it is {_GONE}", seconds=0.0))
             self._on_sick(name, None)
         former, self._sinks = self._sinks, {}
         for name, config in wanted.items():
-            sink = self._sinks[name] = former.get(name) or _Sink(config)
+            sink = self._sinks[name] = _at_its_place(former.get(name), config)
             sink.config = config
             sink.account = replace(sink.account, failures=0, not_before=0.0)
             if name not in former:
@@ -246,22 +258,43 @@ class Sending:
         self._deliverer.configure(tuple(wanted.values()))
         self._save_accounts()
 
+    def fit(self) -> None:
+        """Have each alert told to the sinks that there are now, and to no other."""
+        left: Counter[str] = Counter()
+        for case in self._book:
+            told = self.told_now(case)
+            for name in sorted(case.told.keys() - self._sinks.keys()):
+                if owed := delivery.owed(case.told[name], case.alert):
+                    left[name] += 1
+                    self._show_undelivered(name, case, owed, f"the sink is {_GONE}")
+            if told != case.told:
+                case.told = told
+                self._book.save(case)
+        for sink in self._sinks.values():
+            sink.is_elsewhere = False
+        for name, count in left.items():
+            text = f"{printable(name, 60)} is {_GONE}: what waited for it is undeliverable, {count} in number"
+            self._journal.note(
+                EventKind.ALERT, Level.WARNING, text, state="left", sink=printable(name, 60), count=count
+            )
+
     def told_at_first(self, alert: Alert) -> dict[str, Progress]:
         """Whom a new alert concerns."""
         now = self._now().at
         return {name: Progress(now) for name, sink in self._sinks.items() if delivery.concerns(alert, sink.config)}
 
     def told_now(self, case: Case) -> dict[str, Progress]:
-        """Whom it concerns now. One that has heard of it hears of its end, whatever it asks for by now; what was given up is
-        told again, should it still last.
+        """Whom it concerns now. One that has heard of it hears of its end, whatever it asks for by now; what was given up,
+        or told to another place, is told again, should it still last.
         """
         told = {}
         anew = {} if case.alert.is_over else self.told_at_first(case.alert)
-        for name in self._sinks:
+        for name, sink in self._sinks.items():
             progress = case.told.get(name)
-            if progress is None or (progress.stage is Stage.LOST and name in anew):
+            is_elsewhere = sink.is_elsewhere and progress is not None and progress.stage is Stage.TOLD
+            if progress is None or (name in anew and (is_elsewhere or progress.stage is Stage.LOST)):
                 progress = anew.get(name)
-            elif progress.stage is Stage.UNTOLD and not delivery.concerns(case.alert, self._sinks[name].config):
+            elif progress.stage is Stage.UNTOLD and not delivery.concerns(case.alert, sink.config):
                 progress = None
             if progress:
                 told[name] = progress.soon()
@@ -275,9 +308,13 @@ class Sending:
 
     def _save_accounts(self) -> None:
         known = {
-            name: {"failing_since": sink.account.failing_since, "taken": list(sink.account.taken[-_MOST_TAKEN:])}
+            name: {
+                "failing_since": sink.account.failing_since,
+                "taken": list(sink.account.taken[-_MOST_TAKEN:]),
+                "to": _place_of(sink.config),
+            }
             for name, sink in self._sinks.items()
-            if sink.account.failing_since is not None or sink.account.taken
+            if sink.account.failing_since is not None or sink.account.taken or _place_of(sink.config)
         }
         encoded = json.dumps(known)
         if encoded != self._saved:
@@ -376,7 +413,7 @@ class Sending:
         now = self._now().at
         _settle(flight.tested, answer)
         if answer.ok:
-            self._note_taken(sink, flight, now)
+            self._note_taken(sink, flight, answer, now)
         elif flight.tested:
             sink.last_error = printable(answer.detail, 300)
         else:
@@ -384,12 +421,16 @@ class Sending:
         self._save_accounts()
         self._wake()
 
-    def _note_taken(self, sink: _Sink, flight: _Flight, now: float) -> None:
-        if sink.account.failures > 1:  # it was the sink, and no notice that it cannot take
-            self._note_sink(Level.INFO, f"alerts are delivered to {sink.name} again", sink, "delivering")
+    def _note_taken(self, sink: _Sink, flight: _Flight, answer: Answer, now: float) -> None:
+        if sink.account.failures > 1:
+            self._note_sink(
+                Level.INFO, f"alerts are delivered to {sink.name} again", sink, "delivering", sink.last_error
+            )
+        if sink.account.failures:
             for each in self._book:
                 if sink.name in each.told:
-                    each.told[sink.name] = each.told[sink.name].soon()
+                    each.told[sink.name] = each.told[sink.name].after_another(sink.account.failures)
+        self._note_missed(sink, answer)
         sink.account = sink.account.succeeded(now, sink.config)
         sink.last_ok_at, sink.last_error = self._clock(), ""
         self._on_sick(sink.name, None)
@@ -404,23 +445,47 @@ class Sending:
                 self._book.save(case)
                 self._record(Level.INFO, "delivered", sink, case, due.state)
 
+    def _note_missed(self, sink: _Sink, answer: Answer) -> None:
+        """Once until it changes: by the names, since what is said of them may be another each time."""
+        if answer.missed == sink.missed:
+            return
+        sink.missed = answer.missed
+        if answer.missed:
+            detail = printable(answer.detail, 300)
+            text = f"alerts reach only a part of {sink.name}: {detail}"
+            self._note_sink(Level.WARNING, text, sink, "missing", detail)
+        else:
+            self._note_sink(Level.INFO, f"alerts reach all of {sink.name} again", sink, "complete", "")
+
     def _note_failed(self, sink: _Sink, flight: _Flight, answer: Answer, now: float) -> None:
         sink.last_error = printable(answer.detail, 300)
         sink.stats.failed += 1
-        if sink.account.failures == 1:  # it may have been the notice; this is the next one, or there is no other
-            text = f"alerts cannot be delivered to {sink.name}, and are sent again: {sink.last_error}"
-            self._note_sink(Level.WARNING, text, sink, "failing")
+        told = [case.told.get(sink.name) for due in flight.dues if (case := self._book.get(due.entry.number))]
+        is_no_news = answer.permanent and bool(told) and all(each and each.stage is Stage.LOST for each in told)
+        if not is_no_news:
+            self._note_trouble(sink, now)
         is_alone = len(flight.dues) == 1
-        sink.account = sink.account.failed(now, self._dice())
         for due in flight.dues:
             case = self._book.get(due.entry.number)
             if case and sink.name in case.told:
-                told = case.told[sink.name]
-                case.told[sink.name] = told.failed(now, self._dice(), refused=answer.permanent, alone=is_alone)
+                case.told[sink.name] = case.told[sink.name].failed(
+                    now,
+                    self._dice(),
+                    refused=answer.permanent,
+                    alone=is_alone,
+                    longest=delivery.longest_pause(sink.config),
+                )
         self._give_up(sink, now)
         failing_since = sink.account.failing_since
         if failing_since is not None and now - failing_since >= SICK_AFTER:
             self._tell_sick(sink)
+
+    def _note_trouble(self, sink: _Sink, now: float) -> None:
+        """That it fails, which what it has refused for good does not show."""
+        if sink.account.failures == 1:  # it may have been the notice; this is the next one, or there is no other
+            text = f"alerts cannot be delivered to {sink.name}, and are sent again: {sink.last_error}"
+            self._note_sink(Level.WARNING, text, sink, "failing", sink.last_error)
+        sink.account = sink.account.failed(now, self._dice(), delivery.longest_pause(sink.config))
 
     def _give_up(self, sink: _Sink, now: float) -> None:
         """What nobody is to try any more. It is shown, and in the journal, and that is all."""
@@ -431,31 +496,51 @@ class Sending:
             case.told[sink.name] = due.entry.progress.lost()
             self._book.save(case)
             sink.stats.undeliverable += 1
-            shown = {
-                "at": timestamp(self._clock()),
-                "sink": sink.name,
-                "notice": due.state.value,
-                "why": sink.last_error,
-            }
-            self._undelivered.append((now, {**alert_object(case.alert), **shown}))
+            self._show_undelivered(sink.name, case, due.state, sink.last_error)
             self._record(Level.WARNING, "undeliverable", sink, case, due.state)
             self._tell_sick(sink)
+
+    def _show_undelivered(self, sink: str, case: Case, state: State, why: str) -> None:
+        shown = {"at": timestamp(self._clock()), "sink": printable(sink, 60), "notice": state.value, "why": why}
+        self._undelivered.append((self._now().at, {**alert_object(case.alert), **shown}))
 
     def _tell_sick(self, sink: _Sink) -> None:
         self._on_sick(sink.name, f"alerts cannot be delivered to {sink.name}: {sink.last_error}")
 
-    def _note_sink(self, level: Level, text: str, sink: _Sink, state: str) -> None:
-        self._journal.note(EventKind.ALERT, level, text, state=state, sink=sink.name, why=sink.last_error)
+    def _note_sink(self, level: Level, text: str, sink: _Sink, state: str, why: str) -> None:
+        self._journal.note(EventKind.ALERT, level, text, state=state, sink=sink.name, why=why)
 
     def _record(self, level: Level, word: str, sink: _Sink, case: Case, state: State) -> None:
         alert = case.alert
         what = {State.RAISED: "raised", State.REMINDER: "lasts", State.OVER: "over"}[state]
-        why = f": {sink.last_error}" if sink.last_error else ""
+        why = f": {sink.last_error}" if sink.last_error else f", not to {sink.missed}" if sink.missed else ""
         about = "the daemon" if alert.dev_id is None else f"ublk{alert.dev_id}"
         text = f"alert {alert.kind.value} on {about} ({what}): {word} to {sink.name}{why}"
         facts = {"state": word, "notice": state.value, "sink": sink.name, "key": alert.key, "alert": alert.kind.value}
         tell = self._journal.record if level is Level.INFO else self._journal.note
         tell(EventKind.ALERT, level, text, alert.dev_id, **facts)
+
+
+def _at_its_place(former: _Sink | None, config: SinkConfig) -> _Sink:
+    """The sink that there was, or one that leads elsewhere under its name."""
+    if former is None:
+        return _Sink(config)
+    if _place_of(former.config) == _place_of(config):
+        return former
+    former.settle_tests(Answer(ok=False, permanent=False, detail="it leads to another place by now", seconds=0.0))
+    sink = _Sink(config)
+    sink.stats, sink.is_elsewhere = former.stats, True
+    return sink
+
+
+def _place_of(config: SinkConfig) -> str:
+    """Where it leads to; a digest, since a webhook's address is often its secret. An Alertmanager at another address hears
+    of all that is open with the next resend in any case, and of what is over: it stays the same.
+    """
+    if config.sink is SinkKind.ALERTMANAGER:
+        return ""
+    known = json.dumps([config.sink.value, config.url, list(config.to), list(config.command)])
+    return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
 def _settle(tested: asyncio.Future[Answer] | None, answer: Answer) -> None:

@@ -13,6 +13,7 @@ import json
 import time
 from typing import TYPE_CHECKING, Any
 
+from duende_ublkd.report.alerts.answer import Taken
 from duende_ublkd.report.alerts.files import read_secret
 from duende_ublkd.report.alerts.posting import Target, post
 
@@ -23,7 +24,7 @@ TIMESTAMP = "X-Duende-Ublkd-Timestamp"
 SIGNATURE = "X-Duende-Ublkd-Signature"
 
 
-async def deliver(targets: Sequence[Target], notices: Sequence[Mapping[str, Any]]) -> str:
+async def deliver(targets: Sequence[Target], notices: Sequence[Mapping[str, Any]]) -> Taken:
     """One after the other; the first that is not taken ends it, with UndeliveredError."""
     (target,) = targets
     secret = b""
@@ -32,7 +33,7 @@ async def deliver(targets: Sequence[Target], notices: Sequence[Mapping[str, Any]
     for notice in notices:
         body = json.dumps({**notice, "labels": {**(notice.get("labels") or {}), **(target.sink.get("labels") or {})}})
         await post(target, body.encode(), signed(body.encode(), secret) if secret else {})
-    return f"taken by {target.place}"
+    return Taken(f"taken by {target.place}")
 
 
 def _secret(path: str) -> bytes:

@@ -6,7 +6,7 @@ A packet's first byte says whether another one of the same message follows. Daem
 Courier to daemon:
     {"do": "ready"}                                                 once, at its start, or
     {"do": "fail", "why": "..."}                                    it cannot run, and ends
-    {"id": 7, "ok": true, "permanent": false, "detail": "...", "seconds": 0.2}
+    {"id": 7, "ok": true, "permanent": false, "detail": "...", "missed": "", "seconds": 0.2}
 """
 
 from __future__ import annotations
