@@ -168,6 +168,7 @@ def a_dead_servers_device_stays_until_it_is_deleted_and_then_its_id_is_reused_by
     assert must_see(world, seen.dev_id).identity != seen.identity
     with pytest.raises(NoSuchDeviceError), world.kernel.claim(seen):
         pass
+    follower.open()  # the refused claim has not taken it, not even for a moment
     follower.kill()
 
 

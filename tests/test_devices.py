@@ -1,17 +1,32 @@
-"""What holds the claim on a device while its deletion is under way: /dev/null stands for the char device."""
+"""What holds the claim on a device while its deletion is under way: /dev/null stands for the char device.
+
+And what is made of ids that the kernel does not answer for: the control device is one that does as it is told.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
+import stat
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
+from inotify_simple import INotify, flags
 
-from duende_ublkd.core.errors import CommandError, CommandOverdueError, DuendeError, NotDoneError, UnsupportedError
+from duende_ublkd.core.errors import (
+    CommandError,
+    CommandOverdueError,
+    DuendeError,
+    KernelUnavailableError,
+    NoSuchDeviceError,
+    NotDoneError,
+    UnsupportedError,
+)
 from duende_ublkd.core.model import DevInfo, Disk, Feature, Identity, KernelState, Observation
-from duende_ublkd.kernel import devices
+from duende_ublkd.kernel import abi, devices
 from duende_ublkd.kernel.children import Children
 from duende_ublkd.kernel.control import Control
 from duende_ublkd.kernel.devices import UblkClaim, UblkKernel
@@ -28,11 +43,24 @@ UNPRIVILEGED = DevInfo(DEV_ID, KernelState.DEAD, -1, int(Feature.UNPRIVILEGED_DE
 
 
 class SilentControl(Control):
-    """Its deletions miss their deadline; `meanwhile` is what happens the moment that this is known."""
+    """Its deletions miss their deadline; `meanwhile` is what happens the moment that this is known.
+
+    GET_DEV_INFO answers what `answers` has for the id, else `otherwise`; None: that the id is free.
+    """
 
     meanwhile: Callable[[], object] = staticmethod(lambda: None)
     knows_async = True
     noted: list[tuple[str, str]]
+    answers: dict[int, DevInfo | Exception | None]
+    otherwise: Callable[[int], Exception | None] = staticmethod(lambda _: None)
+    asked: list[int]
+
+    async def get_device_info(self, dev_id: int) -> DevInfo:
+        self.asked.append(dev_id)
+        answer = self.answers.get(dev_id, self.otherwise(dev_id))
+        if isinstance(answer, DevInfo):
+            return answer
+        raise answer or NoSuchDeviceError("GET_DEV_INFO", dev_id, errno.ENODEV, "no such device")
 
     async def features(self) -> int:
         return 0
@@ -60,7 +88,7 @@ class SilentControl(Control):
 async def a_kernel() -> AsyncIterator[tuple[UblkKernel, SilentControl]]:
     ring, sweeper, children = Ring(8), Sweeper(), Children()
     control = SilentControl(ring)
-    control.noted = []
+    control.noted, control.answers, control.asked = [], {}, []
     kernel = UblkKernel(control, sweeper, children)
     try:
         yield kernel, control
@@ -192,5 +220,156 @@ def test_a_stop_that_was_not_sent_is_not_counted(failure: DuendeError | None, re
             await claim.stop(seen, lambda _: True)
         claim.release()
         assert control.noted == [("STOP_DEV", each) for each in results]
+
+    run(body)
+
+
+def test_the_claim_of_a_device_that_is_deleted_at_last_is_given_back_since_its_deletion_may_wait_for_that(
+    entry: Path,
+) -> None:
+    async def body(kernel: UblkKernel, control: SilentControl) -> None:
+        control.knows_async = False
+        control.answers[DEV_ID] = PRIVILEGED
+        descriptor = await delete_in_vain(kernel, PRIVILEGED)
+        await kernel.observe([DEV_ID])
+        assert is_open(descriptor)
+        (entry / "dev").unlink()
+        entry.rmdir()
+        await kernel.observe([DEV_ID + 1])
+        assert is_open(descriptor)
+        await kernel.observe([DEV_ID])
+        assert not is_open(descriptor)
+
+    run(body)
+
+
+# --- ids that the kernel does not answer for -------------------------------------------------------------------------
+
+
+def not_begun(dev_id: int) -> CommandError:
+    return CommandError("GET_DEV_INFO", dev_id, errno.ECANCELED, "cancelled before it began")
+
+
+def overdue(dev_id: int) -> CommandOverdueError:
+    return CommandOverdueError("GET_DEV_INFO", dev_id, 11.0)
+
+
+SILENCES = pytest.mark.parametrize("silence", [not_begun, overdue])
+
+
+@SILENCES
+def test_free_ids_that_the_kernel_does_not_answer_for_are_one_error_and_no_devices(
+    silence: Callable[[int], Exception],
+) -> None:
+    async def body(kernel: UblkKernel, control: SilentControl) -> None:
+        control.otherwise = silence
+        for _ in range(2):
+            with pytest.raises(KernelUnavailableError, match=r"whether id 0 is free, nor for 63 more: GET_DEV_INFO"):
+                await kernel.observe(range(64))
+        control.otherwise = lambda _: None
+        for dev_id in range(64):
+            kernel.note_answer("GET_DEV_INFO", dev_id)
+        assert await kernel.observe(range(64)) == []
+
+    run(body)
+
+
+def test_an_id_whose_question_has_not_been_answered_is_not_asked_about_again_until_it_is() -> None:
+    async def body(kernel: UblkKernel, control: SilentControl) -> None:
+        control.otherwise = overdue
+        for _ in range(3):
+            with pytest.raises(KernelUnavailableError):
+                await kernel.observe([5])
+        assert control.asked == [5]
+        control.answers[5] = replace(PRIVILEGED, dev_id=5)
+        kernel.note_answer("GET_DEV_INFO", 5)
+        assert [each.info is not None for each in await kernel.observe([5])] == [True]
+
+    run(body)
+
+
+def test_an_id_that_was_answered_for_since_is_asked_about_again_though_a_former_question_never_was(entry: Path) -> None:
+    async def body(kernel: UblkKernel, control: SilentControl) -> None:
+        control.answers[DEV_ID] = overdue(DEV_ID)
+        await kernel.observe([DEV_ID])
+        control.answers[DEV_ID] = None
+        (entry / "dev").unlink()
+        entry.rmdir()
+        for _ in range(2):
+            assert await kernel.observe([DEV_ID]) == []
+
+    run(body)
+
+
+@SILENCES
+def test_a_device_in_sysfs_is_seen_to_be_unclear_whatever_becomes_of_the_ids_around_it(
+    silence: Callable[[int], Exception],
+) -> None:
+    async def body(kernel: UblkKernel, control: SilentControl) -> None:
+        control.otherwise = silence
+        (seen,) = await kernel.observe([1, 2, DEV_ID])
+        assert (seen.dev_id, seen.info, seen.trouble) == (DEV_ID, None, str(silence(DEV_ID)))
+
+    run(body)
+
+
+def test_among_devices_that_are_answered_for_one_id_stands_for_all_that_are_not() -> None:
+    async def body(kernel: UblkKernel, control: SilentControl) -> None:
+        control.answers[DEV_ID] = PRIVILEGED
+        control.answers[1] = None
+        control.otherwise = not_begun
+        for _ in range(2):
+            unclear, seen = await kernel.observe([1, 2, 3, DEV_ID])
+            assert (unclear.dev_id, unclear.info, seen.info) == (2, None, PRIVILEGED)
+            assert "cancelled before it began" in unclear.trouble
+        control.otherwise = lambda _: None
+        assert [each.dev_id for each in await kernel.observe([1, 2, 3, DEV_ID])] == [DEV_ID]
+
+    run(body)
+
+
+@pytest.mark.parametrize("how", ["seen before", "of a former daemon"])
+def test_a_device_without_an_entry_in_sysfs_is_unclear_where_something_is_known_of_it(how: str) -> None:
+    async def body(kernel: UblkKernel, control: SilentControl) -> None:
+        if how == "seen before":
+            control.answers[7] = replace(PRIVILEGED, dev_id=7)
+            await kernel.observe([7])
+            del control.answers[7]
+        else:
+            kernel.candidates([7])
+        control.otherwise = overdue
+        (seen,) = await kernel.observe([6, 7])
+        assert (seen.dev_id, seen.info, seen.overdue) == (7, None, "GET_DEV_INFO")
+        control.answers[7] = None
+        assert await kernel.observe([7]) == []
+        control.answers[7] = not_begun(7)
+        with pytest.raises(KernelUnavailableError):  # nothing is known of the id any more
+            await kernel.observe([7])
+
+    run(body)
+
+
+# --- the claim -------------------------------------------------------------------------------------------------------
+
+
+def test_a_device_that_has_taken_the_id_of_the_one_that_was_judged_is_not_opened(
+    entry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own server's open would fail."""
+
+    async def body(kernel: UblkKernel, _: SilentControl) -> None:
+        node = tmp_path / f"node{DEV_ID}"
+        os.mknod(node, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        monkeypatch.setattr(abi, "CHAR_DEVICE", f"{tmp_path}/node{{}}")
+        (entry / "dev").write_text("1:3\n")
+        judged = Observation(DEV_ID, 0.0, PRIVILEGED, devices.read_identity(DEV_ID))
+        with INotify(nonblocking=True) as opens:
+            opens.add_watch(str(node), flags.OPEN)
+            with kernel.claim(judged):
+                assert len(opens.read(timeout=0)) == 1
+            another = replace(judged, identity=Identity(12345, (1, 3)))
+            with pytest.raises(NoSuchDeviceError, match="belongs to another device now"), kernel.claim(another):
+                pass
+            assert opens.read(timeout=0) == []
 
     run(body)

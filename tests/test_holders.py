@@ -300,6 +300,136 @@ def test_a_mapping_over_a_disk_that_has_gone_is_found_by_its_slaves(machine: Mac
     assert what(machine.look()) == ["dm dm-4"]
 
 
+# --- exports ---------------------------------------------------------------------------------------------------------
+
+NVMET = "kernel/config/nvmet/subsystems"
+LIO = "kernel/config/target/core"
+GADGET = "kernel/config/usb_gadget/g1/functions/mass_storage.0"
+INFO = "Status: ACTIVATED  Max Queue Depth: 0  SectorSize: 512  HwMaxSectors: 16384\n"
+FILEIO = INFO + "        TCM FILEIO ID: 0        File: %s  Size: 1048576  Mode: O_DSYNC Async: 0\n"
+IBLOCK = (
+    INFO + "        iBlock device: x  UDEV PATH: /dev/x  readonly: 0\n        Major: %d Minor: %d  CLAIMED: IBLOCK\n"
+)
+
+
+def export(machine: Machine, directory: str, **attributes: str) -> None:
+    path = machine.sys / directory
+    path.mkdir(parents=True, exist_ok=True)
+    for name, text in attributes.items():
+        (path / name).write_text(f"{text}\n")
+
+
+def test_a_disk_that_the_kernel_exports_is_held(machine: Machine) -> None:
+    machine.nodes = {"/dev/disk/by-id/x": Node(stat.S_IFBLK, PARTITION)}
+    export(machine, f"{NVMET}/nqn.a/namespaces/1", device_path="/dev/ublkb3", enable="1")
+    export(machine, f"{NVMET}/nqn.b/namespaces/7", device_path="/dev/disk/by-id/x", enable="1")
+    export(machine, f"{LIO}/fileio_0/one", udev_path="", info=FILEIO % "/dev/ublkb3", enable="1")
+    export(machine, f"{LIO}/iblock_1/two", udev_path="/dev/x", info=IBLOCK % DISK, enable="1")
+    export(machine, f"{GADGET}/lun.0", file="/dev/ublkb3p1")
+    export(machine, "class/rnbd-server/ctl/devices/dev!ublkb3")
+    (machine.sys / "class/rnbd-server/ctl/devices/dev!ublkb3/block_dev").symlink_to("../../virtual/block/ublkb3")
+    export(machine, "bus/xen-backend/devices/vbd-4-51712", physical_device="103:0")
+    usage = machine.look()
+    assert what(usage) == [
+        "nvmet /dev/ublkb3, namespace 1 of nqn.a",
+        "nvmet /dev/disk/by-id/x, namespace 7 of nqn.b",
+        "lio /dev/ublkb3, backstore fileio_0/one",
+        "lio /dev/x, backstore iblock_1/two",
+        "gadget /dev/ublkb3p1, lun.0 of g1/mass_storage.0",
+        "rnbd /dev/ublkb3, export dev!ublkb3",
+        "xen backend vbd-4-51712",
+    ]
+    assert usage.complete
+
+
+def test_what_is_exported_of_other_disks_or_of_none_holds_nothing(machine: Machine) -> None:
+    machine.nodes = {"/srv/disk.img": Node(stat.S_IFREG, None), "/dev/cciss/c0d0": Node(stat.S_IFBLK, (104, 0))}
+    export(machine, f"{NVMET}/nqn.a/namespaces/1", device_path="/srv/disk.img", enable="1")
+    export(machine, f"{NVMET}/nqn.a/namespaces/2", device_path="(null)", enable="0")
+    export(machine, f"{NVMET}/nqn.a/namespaces/3", device_path="/dev/ublkb5", enable="1")
+    machine.process(7, ns=OTHER_NS, mounts=b"50 22 0:6 /ublkb5 /pod/a rw - devtmpfs udev rw\n")
+    export(machine, f"{NVMET}/nqn.a/namespaces/4", device_path="/pod/a", enable="1")
+    export(machine, f"{NVMET}/nqn.a", attr_model="ublkb3")
+    export(machine, f"{LIO}/alua/lu_gps")
+    export(machine, f"{LIO}/fileio_0", hba_info="HBA Index: 1")
+    export(machine, f"{LIO}/user_0/four", udev_path="/dev/ublkb3", info=INFO, enable="1")
+    export(machine, f"{LIO}/iblock_1/two", udev_path="/dev/gone", info=IBLOCK % (8, 0), enable="1")
+    export(machine, f"{GADGET}/lun.0", file="")
+    export(machine, "class/rnbd-server/ctl/devices/x")
+    (machine.sys / "class/rnbd-server/ctl/devices/x/block_dev").symlink_to("../../devices/block/cciss!c0d0")
+    export(machine, "bus/xen-backend/devices/vbd-4-51712", physical_device="8:0")
+    export(machine, "bus/xen-backend/devices/vif-4-0", state="4")
+    assert machine.look() == Usage()
+
+
+def test_an_export_that_is_off_counts_as_long_as_the_disk_is_there_since_it_may_be_draining(machine: Machine) -> None:
+    export(machine, f"{NVMET}/nqn.a/namespaces/1", device_path="/dev/ublkb3", enable="0")
+    assert machine.look() == Usage()
+    machine.disk("ublkb3", DISK)
+    assert what(machine.look()) == ["nvmet /dev/ublkb3, namespace 1 of nqn.a (off)"]
+
+
+def test_an_export_whose_path_leads_nowhere_from_here_may_be_of_any_disk(machine: Machine) -> None:
+    export(machine, f"{NVMET}/nqn.a/namespaces/1", device_path="/dev/in-a-container\x1b", enable="1")
+    usage = machine.look()
+    assert usage == Usage(complete=False)
+    assert usage.blind == "nvmet /dev/in-a-container\\x1b, namespace 1 of nqn.a: its disk"
+    export(machine, f"{NVMET}/nqn.a/namespaces/1", enable="0")
+    assert machine.look() == Usage()
+
+
+@pytest.mark.parametrize(
+    ("module", "group"), [("nvmet", "nvmet"), ("target_core_mod", "target"), ("usb_f_mass_storage", "usb_gadget")]
+)
+def test_exports_that_configfs_does_not_show_make_the_look_incomplete(
+    machine: Machine, module: str, group: str
+) -> None:
+    export(machine, f"module/{module}")
+    (machine.sys / "kernel/config").mkdir(parents=True)
+    assert module in machine.look().blind
+    (machine.sys / "kernel/config" / group).mkdir()
+    assert machine.look() == Usage()
+
+
+def test_a_gadget_driver_whose_disks_are_shown_nowhere_makes_the_look_incomplete(machine: Machine) -> None:
+    export(machine, "module/g_mass_storage")
+    assert not machine.look().complete
+
+
+def test_an_export_that_cannot_be_read_makes_the_look_incomplete(machine: Machine) -> None:
+    export(machine, f"{NVMET}/nqn.a/namespaces/1/device_path", enable="1")  # a directory: EISDIR
+    assert not machine.look().complete
+
+
+def test_more_exports_than_anybody_has_are_not_looked_at(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(holders, "_MOST_EXPORTS", 3)
+    machine.nodes = {"/dev/sda": Node(stat.S_IFBLK, (8, 0))}
+    for number in range(3):
+        export(machine, f"{NVMET}/nqn.a/namespaces/{number}", device_path="/dev/sda", enable="1")
+    assert machine.look() == Usage()
+    export(machine, f"{NVMET}/nqn.a/namespaces/3", device_path="/dev/ublkb3", enable="1")
+    assert machine.look() == Usage(complete=False)
+
+
+@settings(max_examples=25)  # each one makes a tree of files
+@given(st.binary(), st.binary(), st.binary(), st.binary())
+def test_random_exports_never_break_a_look(
+    tmp_path_factory: pytest.TempPathFactory, path: bytes, info: bytes, numbers: bytes, enable: bytes
+) -> None:
+    machine = Machine(tmp_path_factory.mktemp("machine"))
+    export(machine, f"{NVMET}/n/namespaces/1")
+    export(machine, f"{LIO}/fileio_0/one")
+    export(machine, "bus/xen-backend/devices/vbd-1-1")
+    for name, text in (
+        (f"{NVMET}/n/namespaces/1/device_path", b"/" + path),
+        (f"{NVMET}/n/namespaces/1/enable", enable),
+        (f"{LIO}/fileio_0/one/info", b"File: /" + info + b"  Size: 1Major: 1 Minor: 2  CLAIMED"),
+        ("bus/xen-backend/devices/vbd-1-1/physical_device", numbers),
+    ):
+        (machine.sys / name).write_bytes(text)
+    look({3: UBLK3}, proc=machine.proc, sys=machine.sys)
+
+
 # --- open files ------------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
-"""What a restarted daemon has to know, in the run directory."""
+"""What a restarted daemon has to know, in the run directory; and whether a former one is still there."""
 
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 
 from duende_ublkd.core.errors import DuendeError, UsageError
 from duende_ublkd.kernel import holdfile, runfile
+from duende_ublkd.kernel.process import SoleDaemon
+from tests.test_servers import LEADER_EXITS, a_child, a_stat
 
 
 def test_what_was_saved_is_loaded_and_what_is_gone_is_not(tmp_path: Path) -> None:
@@ -143,3 +146,63 @@ def test_a_record_that_could_not_be_read_again_is_not_written(tmp_path: Path) ->
     with pytest.raises(OSError, match="more than 65536 bytes"):
         runfile.save_record(str(tmp_path), 3, {"a": "x" * 70_000})
     assert runfile.load_records(str(tmp_path)) == ({3: {"a": 1}}, [])
+
+
+TAKE_THE_LOCK = "import sys; from duende_ublkd.kernel.process import SoleDaemon; lock = SoleDaemon(sys.argv[1])\n"
+SAY_SO = "print('ready', flush=True); sys.stdin.read()"
+
+
+def refusal(directory: Path, proc: Path | str = "/proc") -> DuendeError:
+    with pytest.raises(DuendeError) as caught:
+        SoleDaemon(str(directory), proc=str(proc))
+    return caught.value
+
+
+def test_a_daemon_that_lives_is_named_and_is_a_mistake_of_whoever_starts_another(tmp_path: Path) -> None:
+    with a_child(sys.executable, "-c", TAKE_THE_LOCK + SAY_SO, str(tmp_path)) as child:
+        error = refusal(tmp_path)
+        assert (type(error), error.exit_code) == (UsageError, 2)
+        assert str(error) == f"another duende-ublkd runs already, as pid {child.pid}"
+
+
+def test_behind_a_killed_daemon_with_a_thread_that_cannot_end_another_start_is_worth_a_try(tmp_path: Path) -> None:
+    with a_child(sys.executable, "-c", TAKE_THE_LOCK + LEADER_EXITS, str(tmp_path)) as child:
+        error = refusal(tmp_path)
+        assert error.exit_code == 1
+        assert f"(pid {child.pid}) was killed and has not ended" in str(error)
+        assert f"/proc/{child.pid}/task/*/stack" in error.hint
+    SoleDaemon(str(tmp_path)).close()
+
+
+@pytest.mark.parametrize(
+    ("stat", "exit_code", "words"),
+    [
+        (a_stat(b"S"), 2, "another duende-ublkd runs"),
+        (a_stat(b"D"), 2, "another duende-ublkd runs"),
+        (a_stat(b"T", exit_code=19), 2, "another duende-ublkd runs"),
+        (a_stat(b"D", exit_code=9), 1, "was killed and has not ended"),
+        (a_stat(b"Z"), 1, "was killed and has not ended"),
+        (a_stat(b"S", comm=b"x) Z 1 ("), 2, "another duende-ublkd runs"),
+        (b"", 2, "another duende-ublkd runs"),
+        (None, 1, "is gone, and its lock is still held"),
+    ],
+)
+def test_what_became_of_whoever_has_the_lock_is_read_from_its_state(
+    tmp_path: Path, stat: bytes | None, exit_code: int, words: str
+) -> None:
+    lock = SoleDaemon(str(tmp_path))
+    if stat is not None:
+        (tmp_path / str(os.getpid())).mkdir()
+        (tmp_path / str(os.getpid()) / "stat").write_bytes(stat)
+    error = refusal(tmp_path, tmp_path)
+    lock.close()
+    assert (error.exit_code, words in str(error)) == (exit_code, True), error
+
+
+@pytest.mark.parametrize("text", ["", "-1\n", "812 \x1b"])
+def test_a_lock_that_does_not_say_whose_it_is_is_somebodys(tmp_path: Path, text: str) -> None:
+    lock = SoleDaemon(str(tmp_path))
+    (tmp_path / "lock").write_text(text)
+    error = refusal(tmp_path)
+    lock.close()
+    assert (error.exit_code, str(error)) == (2, "another duende-ublkd runs already, as pid ?")

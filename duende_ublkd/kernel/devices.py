@@ -8,9 +8,12 @@ Facts that shape it:
   the device, and our file pins the id: ADD_DEV of it says EEXIST. So the open is at once the last question ("does
   anybody have it?") and the lock for the deletion. Measured on 6.12, 6.18 and 7.3.
 - A deleted device that somebody holds has neither a node nor a sysfs entry, only a taken id. A full look therefore asks
-  for every id up to the highest known one and some more.
+  for every id up to the highest known one and some more. Where the kernel answers for none of them (no memory, or no task
+  left for io-wq), those that nothing else tells of are no devices: that is said once, and not for each of them.
 - DEL_DEV waits for every open file, ours too: it is sent with the device open, so that its id cannot be reused before the
-  kernel has looked it up, and the device is closed once the node is gone.
+  kernel has looked it up, and the device is closed once the node is gone, however late that is. (Up to 6.2 the kernel looks
+  the id up only when it has the mutex. Were the node another cleaner's work, and ours still waiting for the mutex, then the
+  id could be added anew in between; but that one's DEL_DEV waits for our file with the mutex held, so there is no choice.)
 - STOP_DEV of a device whose disk is there can end in an uninterruptible sleep (del_gendisk), and so can an open of its
   block node (open_mutex): both are a child's to do, which was started before it was needed.
 """
@@ -61,6 +64,12 @@ _BOOT_NODES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/kmsg"
 _DELETED_SOON = 0.001  # first pause between two looks for the node's end; doubles
 _STABLE_READS = 4
 _DELETIONS = (abi.Command.DEL_DEV.name, abi.Command.DEL_DEV_ASYNC.name)
+_LOOKS = (abi.Command.GET_DEV_INFO.name, abi.Command.GET_DEV_INFO2.name)
+_STILL_UNANSWERED = "GET_DEV_INFO has still not answered"
+_NO_ANSWER_HINT = (
+    "see the memory, and the tasks that are left: free -m; systemctl show -p TasksCurrent -p TasksMax duende-ublkd"
+)
+_ANOTHER = "its id belongs to another device now"
 _CAP_HINT = "run it as the host's root, in a container with --cap-add SYS_ADMIN; see: capsh --print"
 
 Rdevs = frozenset[tuple[int, int]]
@@ -76,6 +85,8 @@ class UblkKernel:
         self.saw_disk: Callable[[int], bool] = lambda _: False  # the daemon, which hears uevents, knows better
         self._sweeper = sweeper
         self._kept: dict[int, int] = {}
+        self._known: set[int] = set()  # ids that a device has, or that the caller has a history of
+        self._unanswered: set[int] = set()  # ids whose GET_DEV_INFO has missed its deadline
         version = kernel_version(os.uname().release)
         self.traits = Traits(async_delete=version >= (6, 9), delete_can_be_cancelled=version >= (6, 3))
 
@@ -85,7 +96,13 @@ class UblkKernel:
 
     def note_answer(self, command: str, dev_id: int) -> None:
         """A command that had missed its deadline has answered: the claim that was kept for a deletion is given back."""
-        if command in _DELETIONS and (claim := self._kept.pop(dev_id, None)) is not None:
+        if command in _DELETIONS:
+            self._give_back(dev_id)
+        if command in _LOOKS:
+            self._unanswered.discard(dev_id)
+
+    def _give_back(self, dev_id: int) -> None:
+        if (claim := self._kept.pop(dev_id, None)) is not None:
             os.close(claim)
 
     def close(self) -> None:
@@ -103,14 +120,30 @@ class UblkKernel:
         return DriverFacts(await self.control.features(), _read_slots_max())
 
     async def observe(self, dev_ids: Collection[int]) -> list[Observation]:
-        """One look at the given ids, lowest first; those that are free are left out. Raises KernelUnavailableError."""
+        """One look at the given ids, lowest first; those that are free are left out. Raises KernelUnavailableError.
+
+        Of the ids that nothing is known of, and that the kernel does not answer for, the lowest stands for all, where no
+        other device's trouble tells of it; where there is no device at all, it is an error.
+        """
         wanted = sorted(dev_ids)
         seen = await asyncio.gather(*(self._observe_one(dev_id) for dev_id in wanted))
-        present = [observation for observation in seen if observation is not None]
+        self._known -= {dev_id for dev_id, each in zip(wanted, seen, strict=True) if each is None}
+        found = [each for each in seen if each is not None]
+        present = [each for each in found if self._is_known(each)]
+        unanswered = [each for each in found if not self._is_known(each)]
+        if unanswered and not any(each.trouble for each in present):
+            present = sorted([*present, _standing_for(unanswered, alone=not present)], key=lambda each: each.dev_id)
+        self._known.update(each.dev_id for each in present)
         return await self._with_servers(present)
+
+    def _is_known(self, seen: Observation) -> bool:
+        """There is a device, or was one: an answer, an entry in sysfs or a history says so."""
+        shows = seen.identity.sysfs_inode is not None or seen.disk is not None
+        return shows or not seen.trouble or seen.dev_id in self._known
 
     def candidates(self, known: Collection[int]) -> set[int]:
         """Every id worth asking about in a full look; `known`: those of earlier looks."""
+        self._known.update(known)
         listed = {*list_char_devices(), *known}
         automatic = max((dev_id for dev_id in listed if dev_id < SWEEP_AT_MOST), default=0)
         return listed | set(range(max(automatic + SWEEP_MARGIN, SWEEP_AT_LEAST)))
@@ -157,16 +190,23 @@ class UblkKernel:
     async def _observe_one(self, dev_id: int) -> Observation | None:
         for _ in range(_STABLE_READS):
             before = read_identity(dev_id)
+            if before.sysfs_inode is None:
+                # Deleted: up to 6.2 DEL_DEV waits for our file, and every other one and ADD_DEV wait for that DEL_DEV.
+                self._give_back(dev_id)
+                if dev_id in self._unanswered and dev_id not in self._known:
+                    return _observation(dev_id, time.monotonic(), before, None, None, _STILL_UNANSWERED)
             at = time.monotonic()
             info, trouble, overdue = None, "", ""
             try:
                 info = await self.control.get_device_info(dev_id)
             except NoSuchDeviceError:
+                self._unanswered.discard(dev_id)
                 if read_identity(dev_id).sysfs_inode is None:
                     return None
                 continue  # added this very moment
             except CommandOverdueError as error:
                 trouble, overdue = str(error), error.command
+                self._unanswered.add(dev_id)
             except CommandError as error:
                 if error.errno == errno.EPERM and error.command == "GET_DEV_INFO":
                     raise KernelUnavailableError(
@@ -179,6 +219,7 @@ class UblkKernel:
             if read_identity(dev_id) == before:
                 seen = _observation(dev_id, at, before, disk, info, trouble)
                 return replace(seen, had_disk=had_disk, overdue=overdue)
+        self._known.add(dev_id)
         return _observation(
             dev_id, time.monotonic(), Identity(None), None, None, "another device took the id at each look"
         )
@@ -294,6 +335,19 @@ class UblkClaim:
         return os.fstat(self._fd).st_nlink == 0 or read_identity(self._dev_id).sysfs_inode is None
 
 
+def _standing_for(unanswered: list[Observation], *, alone: bool) -> Observation:
+    """One for many. KernelUnavailableError: there is no device that could be judged meanwhile."""
+    first, more = unanswered[0], len(unanswered) - 1
+    others = f", nor for {more} more" if more else ""
+    if alone:
+        raise KernelUnavailableError(
+            f"the kernel does not say whether id {first.dev_id} is free{others}: {first.trouble}", hint=_NO_ANSWER_HINT
+        )
+    return replace(
+        first, trouble=f"nothing is known of this id, and the kernel does not answer{others}: {first.trouble}"
+    )
+
+
 def _observation(
     dev_id: int, at: float, identity: Identity, disk: Disk | None, info: DevInfo | None, trouble: str
 ) -> Observation:
@@ -399,6 +453,8 @@ def _modified(path: str, st_dev: int) -> float | None:
 
 def _open_exclusively(seen: Observation) -> int:
     path = abi.CHAR_DEVICE.format(seen.dev_id)
+    if read_identity(seen.dev_id) != seen.identity:  # our open of another device would make its server's fail
+        raise NoSuchDeviceError("open", seen.dev_id, errno.ENODEV, _ANOTHER)
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -414,7 +470,7 @@ def _open_exclusively(seen: Observation) -> int:
             stat.S_ISCHR(node.st_mode) and (os.major(node.st_rdev), os.minor(node.st_rdev)) == seen.identity.char_rdev
         )
         if not ours or node.st_nlink == 0 or read_identity(seen.dev_id) != seen.identity:
-            raise NoSuchDeviceError("open", seen.dev_id, errno.ENODEV, "its id belongs to another device now")
+            raise NoSuchDeviceError("open", seen.dev_id, errno.ENODEV, _ANOTHER)
         undo.pop_all()
     return fd
 

@@ -1,8 +1,9 @@
 """Who keeps ublk disks and char devices alive: one sweep over /proc and /sys for all devices at once.
 
 What is looked at: the mount table of every mount namespace that a process is in, /proc/swaps, every process's open
-files, holders and slaves in /sys/block, the backing files of loop and zram, and /sys/fs, which lists a file system for
-as long as it lives, mounted visibly or not.
+files, holders and slaves in /sys/block, the backing files of loop and zram, /sys/fs, which lists a file system for as
+long as it lives, mounted visibly or not, and what the kernel exports by itself: namespaces of nvmet, backstores of LIO and
+units of USB mass storage in configfs, devices of rnbd-server and Xen's blkback in sysfs.
 
 Facts that shape it:
 - A disk's name and dev_t outlive it. Its last user frees the dev_t, so one that /sys/dev/block shows as another disk's
@@ -13,12 +14,18 @@ Facts that shape it:
   own. Following the link asks the file's file system, which may never answer: so it is asked with AT_STATX_DONT_SYNC,
   which NFS, FUSE, SMB and Ceph answer from memory. One that does not (9p) costs the sweep, and so what depends on it.
 - A leader that has exited while its threads go on has neither namespaces nor descriptors; its threads still do.
+- An export has its disk open in the kernel, without a descriptor and without a claim (nvmet, LIO's fileio, USB, rnbd and
+  blkback): neither /proc nor an exclusive open shows it. configfs has the path by which it was opened, and an export whose
+  path leads nowhere from here may be of any disk. nvmet's `enable` is 0 as soon as it begins to drain, with the disk still
+  open: so one that is off counts as well, as long as the disk is there.
 - The caller may have locked all memory, future too: a read buffer is as large as what is read, never as its limit.
 
 What a sweep cannot see, so `complete` does not promise it: a descriptor in flight over a unix socket, registered with
 an io_uring and then closed, or private to one thread (CLONE_FILES undone); a mapping of the char device whose
-descriptor is closed (`maps` takes mmap_lock); users inside the kernel that leave no trace in sysfs (nvmet, LIO, ZFS, a
-file system's external journal). For the char device the exclusive open answers, for a disk that is there O_EXCL does.
+descriptor is closed (`maps` takes mmap_lock); users inside the kernel that leave no trace (ZFS, a file system's external
+journal, a pNFS client, another vendor's target), and an export whose path leads to another disk by now. For the char device
+the exclusive open answers. For a disk that is there O_EXCL answers for those that claim it: mounts, swap, dm, md, ZFS,
+journals. Who has merely opened or mapped it, O_EXCL does not see; from 7.0 on TRY_STOP_DEV does, and before 7.0 nothing.
 """
 
 # Below /proc every call is made once per descriptor of every process: plain strings and os, no Path objects.
@@ -30,6 +37,7 @@ import asyncio
 import contextlib
 import ctypes
 import errno
+import itertools
 import os
 import queue
 import re
@@ -54,11 +62,18 @@ MOST_HOLDERS = 20  # shown of one device; the rest is a number
 _NAME_LIMIT = 120
 _TABLE_LIMIT = 64 << 20  # bytes of one mount table; the kernel's own limit is 100,000 mounts
 _CHUNK = 65536
+_MOST_EXPORTS = 4096
 _TEXT_ONLY_SOURCES = frozenset({"fuse", "mqueue", "overlay", "proc", "ramfs", "sysfs", "tmpfs"})
 _NO_FILESYSTEMS = frozenset({"bpf", "cgroup", "fuse", "pstore", "resctrl", "selinux", "smackfs"})  # in /sys/fs
 _SHADOW_SUFFIX = " (deleted)"  # d_path's mark of an unlinked file, in swaps, fd links and backing_file
 _DISK_NAME = re.compile(r"ublkb([0-9]{1,7})(?:p[0-9]{1,4})?")
 _CHAR_NAME = re.compile(r"ublkc([0-9]{1,7})")
+# Whose exports configfs has to show, by module; those of a gadget driver of old are shown nowhere.
+_EXPORTERS = {"nvmet": "nvmet", "target_core_mod": "target", "usb_f_mass_storage": "usb_gadget"}
+_OLD_GADGETS = ("g_acm_ms", "g_mass_storage", "g_multi")
+_DISKLESS_BACKSTORES = ("alua", "pscsi_", "rd_", "user_")  # in target/core; a `user_` one is a process's
+_LIO_FILE = re.compile(rb"File: (.*)  Size: [0-9]", re.DOTALL)  # fd_show_configfs_dev_params
+_LIO_DISK = re.compile(rb"Major: ([0-9]{1,9}) Minor: ([0-9]{1,9})  CLAIMED")  # iblock_show_configfs_dev_params
 _ESCAPE = re.compile(rb"\\([0-3][0-7]{2})")
 _NAMESPACE = re.compile(r"mnt:\[[0-9]+\]")
 # In every process, never a ublk node, and not worth asking about.
@@ -95,6 +110,16 @@ class Node(NamedTuple):
 
     kind: int
     rdev: Rdev | None
+
+
+class Export(NamedTuple):
+    """A disk that the kernel gives to others. `path`: as whoever made the export wrote it; "": not set."""
+
+    kind: str
+    name: str
+    path: str
+    is_on: bool = True
+    rdev: Rdev | None = None
 
 
 @dataclass(slots=True)
@@ -201,7 +226,7 @@ def node_of(directory: int, name: str, link: str) -> Node | None:
         kind = stat.S_IFCHR if char_id(link) is not None else stat.S_IFBLK if disk_id(link) is not None else 0
         return Node(kind, None) if kind else None
     buffer = ctypes.create_string_buffer(_SIZEOF_STATX)
-    if _statx(directory, name.encode(), _AT_STATX_DONT_SYNC | _AT_NO_AUTOMOUNT, _STATX_TYPE, buffer):
+    if _statx(directory, os.fsencode(name), _AT_STATX_DONT_SYNC | _AT_NO_AUTOMOUNT, _STATX_TYPE, buffer):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
     (mode,) = struct.unpack_from("=H", buffer, _OFFSET_OF_MODE)
@@ -282,6 +307,7 @@ class _Sweep:
         self._note("sysfs")
         self._look_at_stacks()
         self._look_at_live_filesystems()
+        self._look_at_exports()
         if self._namespaces_named - {body.namespace for body in bodies}:
             self._overlook()  # kept by a bind mount or a descriptor alone, no process to look through
 
@@ -297,9 +323,9 @@ class _Sweep:
             raise GaveUpError
         self._progress.at = at
 
-    def _overlook(self) -> None:
+    def _overlook(self, what: str = "") -> None:
         """Evidence could not be had: what is not found need not be missing."""
-        self._blind = self._blind or self._progress.at or "own privileges"
+        self._blind = self._blind or printable(what, _NAME_LIMIT) or self._progress.at or "own privileges"
 
     def _hold(self, dev_id: int, kind: str, what: str) -> None:
         self._finds[dev_id].holders[Holder(kind, printable(what, _NAME_LIMIT))] = None
@@ -319,6 +345,10 @@ class _Sweep:
         if len(data) >= limit:
             self._overlook()
         return data
+
+    def _text(self, path: str) -> str:
+        """An attribute of one line; "" also when it has gone."""
+        return (self._read(path) or b"").removesuffix(b"\n").decode("utf-8", "surrogateescape")
 
     def _list(self, path: str) -> list[str]:
         try:
@@ -599,19 +629,22 @@ class _Sweep:
 
     def _look_at_backing(self, device: str, name: str) -> None:
         kind, attribute = ("loop", "loop/backing_file") if name.startswith("loop") else ("holder", "backing_dev")
-        path = (self._read(f"{device}/{attribute}") or b"").removesuffix(b"\n").decode("utf-8", "surrogateescape")
-        dev_id = self._backed_by(path)
+        path = self._text(f"{device}/{attribute}")
+        dev_id = self._backed_by(path, self._node_at(path))
         if dev_id is not None:
             self._hold(dev_id, kind, f"{name} on {path}")
 
-    def _backed_by(self, path: str) -> int | None:
+    def _node_at(self, path: str) -> Node | None:
+        """None: deleted, or a name in another mount namespace: it is all there is."""
+        try:
+            return self._node(_AT_FDCWD, path, path) if path.startswith("/") else None
+        except OSError:
+            return None
+
+    def _backed_by(self, path: str, node: Node | None) -> int | None:
         """The target behind a file's name, which may be a node of another name."""
         if path in self._aliases:
             return self._aliases[path] if self._aliases[path] in self._targets else None
-        try:
-            node = self._node(_AT_FDCWD, path, path) if path.startswith("/") else None
-        except OSError:
-            node = None  # deleted, or a name in another mount namespace: it is all there is
         is_disk = node is not None and node.kind == stat.S_IFBLK
         return self._disk(node.rdev, path) if node and is_disk else self._named(path)
 
@@ -632,6 +665,93 @@ class _Sweep:
 
     def _is_mounted(self, dev_id: int) -> bool:
         return any(holder.kind == "mount" for holder in self._finds[dev_id].holders)
+
+    # Exports
+
+    def _look_at_exports(self) -> None:
+        self._note("exports (configfs, rnbd, Xen)")
+        self._check_exporters()
+        exports = itertools.chain(self._nvmet(), self._lio(), self._gadgets(), self._rnbd(), self._xen())
+        for number, export in enumerate(exports):
+            self._note("exports (configfs, rnbd, Xen)")
+            if number == _MOST_EXPORTS:
+                self._overlook(f"more than {_MOST_EXPORTS} exports")
+                return
+            self._look_at_export(export)
+
+    def _check_exporters(self) -> None:
+        """Where configfs is mounted elsewhere, or nowhere any more, its exports go on."""
+        for module, group in _EXPORTERS.items():
+            if self._is_loaded(module) and not os.path.isdir(f"{self._sys}/kernel/config/{group}"):  # noqa: PTH112
+                self._overlook(f"exports of {module}: no configfs at {self._sys}/kernel/config")
+        for module in filter(self._is_loaded, _OLD_GADGETS):
+            self._overlook(f"exports of {module}")
+
+    def _is_loaded(self, module: str) -> bool:
+        return os.path.isdir(f"{self._sys}/module/{module}")  # noqa: PTH112
+
+    def _look_at_export(self, export: Export) -> None:
+        node = self._node_at(export.path)
+        names_a_disk = export.path in self._aliases or disk_id(export.path) is not None
+        dev_id = self._disk(export.rdev, export.path) if export.rdev else self._backed_by(export.path, node)
+        what = f"{export.path}, {export.name}".removeprefix(", ")
+        if dev_id is not None and (export.is_on or self._disk_directories(dev_id)):
+            self._hold(dev_id, export.kind, what if export.is_on else f"{what} (off)")
+        elif export.is_on and export.path and not (node or export.rdev or names_a_disk):
+            self._overlook(f"{export.kind} {what}: its disk")
+
+    def _nvmet(self) -> Iterator[Export]:
+        subsystems = f"{self._sys}/kernel/config/nvmet/subsystems"
+        for subsystem in self._list(subsystems):
+            for number in self._list(f"{subsystems}/{subsystem}/namespaces"):
+                where = f"{subsystems}/{subsystem}/namespaces/{number}"
+                is_on = self._text(f"{where}/enable") != "0"
+                yield Export("nvmet", f"namespace {number} of {subsystem}", self._text(f"{where}/device_path"), is_on)
+
+    def _lio(self) -> Iterator[Export]:
+        core = f"{self._sys}/kernel/config/target/core"
+        for backstore in self._list(core):
+            if backstore.startswith(_DISKLESS_BACKSTORES):
+                continue
+            for name in self._list(f"{core}/{backstore}"):
+                where = f"{core}/{backstore}/{name}"
+                info = self._read(f"{where}/info") or b""
+                file, disk = _LIO_FILE.search(info), _LIO_DISK.search(info)
+                path = os.fsdecode(file[1]) if file else self._text(f"{where}/udev_path")
+                rdev = (int(disk[1]), int(disk[2])) if disk else None
+                is_on = self._text(f"{where}/enable") != "0"
+                yield Export("lio", f"backstore {backstore}/{name}", path, is_on, rdev)
+
+    def _gadgets(self) -> Iterator[Export]:
+        gadgets = f"{self._sys}/kernel/config/usb_gadget"
+        for gadget in self._list(gadgets):
+            for function in self._list(f"{gadgets}/{gadget}/functions"):
+                where = f"{gadgets}/{gadget}/functions/{function}"
+                units = self._list(where) if function.startswith("mass_storage.") else ()
+                for unit in (name for name in units if name.startswith("lun.")):
+                    yield Export("gadget", f"{unit} of {gadget}/{function}", self._text(f"{where}/{unit}/file"))
+
+    def _rnbd(self) -> Iterator[Export]:
+        devices = f"{self._sys}/class/rnbd-server/ctl/devices"
+        for name in self._list(devices):
+            try:
+                disk = os.readlink(f"{devices}/{name}/block_dev").rpartition("/")[2]
+            except OSError as error:
+                if self._denied(error):
+                    self._overlook()
+                continue
+            yield Export("rnbd", f"export {name}", "/dev/" + disk.replace("!", "/"))
+
+    def _xen(self) -> Iterator[Export]:
+        backends = f"{self._sys}/bus/xen-backend/devices"
+        for name in self._list(backends):
+            major, separator, minor = self._text(f"{backends}/{name}/physical_device").partition(":")  # both in hex
+            if separator:
+                yield Export("xen", f"backend {name}", "", rdev=(_number(major), _number(minor)))
+
+
+def _number(hexadecimal: str) -> int:
+    return int(hexadecimal, 16) if re.fullmatch("[0-9a-f]{1,8}", hexadecimal) else -1
 
 
 # --- the thread ------------------------------------------------------------------------------------------------------

@@ -6,8 +6,10 @@ import fcntl
 import os
 import socket
 
-from duende_ublkd.core.errors import UsageError
+from duende_ublkd.core.errors import DuendeError, UsageError
+from duende_ublkd.core.model import Condition
 from duende_ublkd.kernel import ownership, runfile
+from duende_ublkd.kernel.servers import condition_of
 
 _INFINITE = (1 << 64) - 1  # microseconds, in systemd's way
 
@@ -24,8 +26,8 @@ def make_run_directory(path: str) -> None:
 class SoleDaemon:
     """A lock that one running daemon has; the kernel drops it with the process."""
 
-    def __init__(self, directory: str) -> None:
-        """Raises UsageError naming the daemon that has the lock."""
+    def __init__(self, directory: str, *, proc: str = "/proc") -> None:
+        """UsageError: another daemon has the lock; DuendeError: one that has been killed and cannot end has it still."""
         path = f"{directory}/lock"
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
@@ -39,18 +41,42 @@ class SoleDaemon:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            other = os.read(self._fd, 32).decode("ascii", "replace").strip() or "?"
+            owner = os.read(self._fd, 32).strip()
             os.close(self._fd)
-            raise UsageError(
-                f"another duende-ublkd runs already, as pid {other}",
-                hint="to see what it does: duende-ublkd list; to stop it: systemctl stop duende-ublkd",
-            ) from None
+            raise _why_locked(path, int(owner) if owner.isdigit() else 0, proc) from None
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
 
     def close(self) -> None:
         """Let another daemon start."""
         os.close(self._fd)
+
+
+def _why_locked(path: str, owner: int, proc: str) -> DuendeError:
+    """The kernel drops a lock with the last thread. Of a killed daemon one may sleep in it, on account of a sick disk: its
+    follower comes again until that thread has ended, and is not to be given up for wrong use.
+    """
+    try:
+        with open(f"{proc}/{owner}/stat", "rb") as file:
+            stat = file.read()
+    except (FileNotFoundError, ProcessLookupError):
+        if owner:
+            return DuendeError(
+                f"the former daemon (pid {owner}) is gone, and its lock is still held",
+                hint=f"see who holds it, most likely a thread that sleeps in the kernel: fuser -v {path}",
+            )
+        stat = b""
+    except OSError:
+        stat = b""
+    if stat.rpartition(b")")[2].split()[:1] in ([b"Z"], [b"X"]) or condition_of(stat) is Condition.DYING:
+        return DuendeError(
+            f"the former daemon (pid {owner}) was killed and has not ended: a thread of it sleeps in the kernel",
+            hint=f"see where: cat /proc/{owner}/task/*/stack; its lock is free when that thread has ended",
+        )
+    return UsageError(
+        f"another duende-ublkd runs already, as pid {owner or '?'}",
+        hint="to see what it does: duende-ublkd list; to stop it: systemctl stop duende-ublkd",
+    )
 
 
 def watchdog_patience() -> float | None:
