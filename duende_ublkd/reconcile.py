@@ -27,13 +27,13 @@ from duende_ublkd.core.trail import NO_TRAIL
 from duende_ublkd.deeds import Deeds
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Coroutine
+    from collections.abc import Callable, Collection, Coroutine, Mapping
     from collections.abc import Set as AbstractSet
 
     from duende_ublkd.core.config import Config, Policy
     from duende_ublkd.core.holds import Hold
     from duende_ublkd.core.ledger import History
-    from duende_ublkd.core.model import Observation, Verdict
+    from duende_ublkd.core.model import Observation, Usage, Verdict
     from duende_ublkd.deeds import Kernel, Rdevs, Reporter
 
 
@@ -127,6 +127,8 @@ class Reconciler:
         self._on_hold_ended = on_hold_ended or (lambda _hold, _why: None)
         self._deeds = Deeds(kernel, self.ledger, self.devices, reporter, self)
         self._stuck_looked_at = -_STUCK_EVERY
+        self._blind = ""  # what the last look at users could not see
+        self._blind_since: float | None = None
         self._deletions: dict[int, asyncio.Task[None]] = {}
         self._recoveries: dict[int, asyncio.Task[None]] = {}
 
@@ -296,10 +298,30 @@ class Reconciler:
     async def _observe(self, wanted: Collection[int], *, thorough: bool) -> list[Observation]:
         self.ledger.note_question(wanted)
         seen = await self._kernel.observe(wanted)
-        unclear = [each for each in seen if thorough or policy.needs_usage(each) or self._wants_server(each)]
+        unclear = [each for each in seen if thorough or self._needs_usage(each) or self._wants_server(each)]
         remembered = {each.dev_id: self._disk_rdevs(each.dev_id) for each in unclear}
         usage = await self._kernel.look_for_users(unclear, remembered)
+        if usage or thorough:
+            self._note_blind(usage)
         return [replace(each, usage=usage.get(each.dev_id)) for each in seen]
+
+    def _needs_usage(self, seen: Observation) -> bool:
+        return policy.needs_usage(seen, self.ledger.get(seen.dev_id))
+
+    def _note_blind(self, usage: Mapping[int, Usage]) -> None:
+        blind = next((each for each in usage.values() if not each.complete), None)
+        self._blind = (blind.blind or "somebody's open files") if blind else ""
+        if not blind:
+            self._blind_since = None
+        elif self._blind_since is None:
+            self._blind_since = self.clock()
+
+    @property
+    def blind(self) -> str:
+        """What the looks at who uses the devices, one after the other for a while, could not see; empty: they see it all."""
+        if self._blind_since is None or self.clock() < self._blind_since + _BLIND_FOR:
+            return ""
+        return self._blind
 
     def _wants_server(self, seen: Observation) -> bool:
         """It is served, and its policy or its recovery will need to know by whom."""
@@ -378,6 +400,7 @@ class Reconciler:
 _DEEDS = (Action.DELETE, Action.RECOVER)
 _JUDGED_AT_ONCE = 50
 _STUCK_EVERY = 30.0  # seconds; a look at every thread of the machine
+_BLIND_FOR = 60.0  # seconds; one slow look is no trouble
 _GLANCE_AT_RECOVERY = 1.0  # seconds until a device whose recovery begins, or waits for its turn, is looked at again
 
 

@@ -111,10 +111,13 @@ class Process:
     comm: str = "ublk.test"
     alive: bool = True
     visible: bool = True
+    has_ring: bool | None = None
 
     def as_seen(self) -> Server:
         name = self.comm if self.alive else ""
-        return Server(self.pid, alive=self.alive, comm=name, exe=f"/usr/bin/{name}" if name else "")
+        return Server(
+            self.pid, alive=self.alive, comm=name, exe=f"/usr/bin/{name}" if name else "", has_ring=self.has_ring
+        )
 
 
 @dataclass(eq=False)

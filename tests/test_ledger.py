@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from duende_ublkd.core.ledger import History, Ledger, Overdue
+from duende_ublkd.core.ledger import History, Ledger, Overdue, is_contradicted
 from duende_ublkd.core.model import (
     Action,
     Condition,
@@ -29,6 +29,8 @@ FIRST, SECOND, NONE = Identity(14_628, (240, 3)), Identity(14_796, (240, 3)), Id
 DISK = Disk((259, 0), 7, ((259, 1),))
 RDEVS = frozenset({(259, 0), (259, 1)})
 SERVER = Server(4121, alive=True, comm="ublk.loop")
+NOBODY = Usage()
+WITHOUT_RING = Server(4123, alive=True, has_ring=False)
 OPEN = Usage(char_openers=(Server(4122, alive=True),))
 
 
@@ -209,6 +211,101 @@ def test_a_verdict_has_a_beginning_and_its_change_is_told_once() -> None:
     assert (history.verdict_since, before) == (30, orphaned)
 
 
+# --- who serves it, and since when nobody does ------------------------------------------------------------------------
+
+
+FIRST_TRY, SECOND_TRY = Server(800, alive=True, start_time=1), Server(801, alive=True, start_time=2)
+
+
+def waiting(at: float, *openers: Server, complete: bool = True) -> Observation:
+    return a_look(at, state=KernelState.QUIESCED, disk=DISK, usage=Usage(openers, complete=complete))
+
+
+def test_a_device_is_without_service_until_it_is_live_whoever_takes_it_meanwhile() -> None:
+    looks = [live(10), waiting(20), waiting(30, FIRST_TRY), waiting(40), waiting(50, SECOND_TRY), waiting(60)]
+    history = after(*looks)
+    assert (history.unserved_since, history.takers, history.phase_since) == (20, 2, 60)
+    no_answer, dead = a_look(70, state=None, disk=DISK), a_look(70)
+    for other in (no_answer, dead, waiting(70)):
+        assert after(*looks, other).unserved_since == 20
+    history = after(*looks, live(70))
+    assert (history.unserved_since, history.takers, history.taken_by) == (None, 0, None)
+    assert after(*looks, live(70), waiting(80)).unserved_since == 80
+
+
+def test_what_was_started_and_is_not_waiting_is_not_without_service() -> None:
+    assert after(live(10)).unserved_since is None
+    assert after(live(10), a_look(20)).unserved_since is None
+    assert after(a_look(10, state=KernelState.QUIESCED)).unserved_since is None  # a stray state
+    assert after(waiting(10)).unserved_since == 10
+
+
+def test_a_server_that_takes_a_device_counts_once_when_it_has_let_go_and_a_blind_look_lets_go_of_nothing() -> None:
+    both = (SECOND_TRY, FIRST_TRY)
+    assert after(waiting(10, FIRST_TRY), waiting(20, *both), waiting(30, FIRST_TRY)).takers == 0
+    blind, no_answer = waiting(20, complete=False), a_look(20, state=None, disk=DISK)
+    for nothing in (blind, no_answer, replace(blind, usage=None)):
+        assert after(waiting(10, FIRST_TRY), nothing, waiting(30, FIRST_TRY)).takers == 0
+        assert after(waiting(10, FIRST_TRY), nothing, waiting(30)).takers == 1
+    assert after(waiting(10, FIRST_TRY), waiting(20, SECOND_TRY)).takers == 1
+    assert after(waiting(10, WITHOUT_RING), waiting(20)).takers == 0
+
+
+def test_the_verdict_that_nobody_serves_it_began_when_that_began_however_often_somebody_takes_it_meanwhile() -> None:
+    ledger = Ledger()
+    unserved, recovering = Verdict(VerdictKind.UNSERVED, "waits"), Verdict(VerdictKind.RECOVERING, "taken")
+    begun = []
+    for look, verdict in (
+        (waiting(20), unserved),
+        (waiting(30, FIRST_TRY), recovering),
+        (waiting(40), unserved),
+    ):
+        ledger.record(look)
+        begun.append(ledger.note_verdict(3, verdict, look.at)[0].verdict_since)
+    assert begun == [20, 30, 20]
+
+
+CLAIMED = Server(1, alive=True, comm="systemd", start_time=1)
+REAL = Server(812, alive=True, comm="server", start_time=9)
+
+
+def claiming(at: float, usage: Usage | None, server: Server = CLAIMED) -> Observation:
+    return a_look(at, state=KernelState.LIVE, disk=DISK, server=server, usage=usage)
+
+
+def test_a_claimed_server_is_believed_until_something_speaks_against_it() -> None:
+    assert not is_contradicted(claiming(10, None), None)
+    assert not is_contradicted(claiming(10, NOBODY), after(claiming(5, NOBODY)))
+    assert not is_contradicted(claiming(10, Usage((WITHOUT_RING,))), None)
+    assert not is_contradicted(claiming(10, Usage((REAL, CLAIMED))), None)
+    assert not is_contradicted(claiming(10, Usage((replace(CLAIMED, start_time=0),))), None)
+    assert is_contradicted(claiming(10, Usage((REAL,))), None)
+    assert is_contradicted(claiming(10, Usage((replace(CLAIMED, start_time=2),))), None)
+    assert not is_contradicted(replace(claiming(10, Usage((REAL,))), disk=None), None)
+
+
+def test_who_was_seen_to_serve_speaks_against_a_claim_until_the_device_is_recovered() -> None:
+    known = after(claiming(10, Usage((REAL,))))
+    for usage in (None, NOBODY, Usage(complete=False)):
+        assert is_contradicted(claiming(20, usage), known)
+    assert not is_contradicted(claiming(20, None, REAL), known)
+    again = after(claiming(10, Usage((REAL,))), waiting(20), claiming(30, None))
+    assert not is_contradicted(claiming(40, None), again)
+    assert again.server == CLAIMED
+
+
+def test_a_claim_does_not_hide_the_end_of_who_was_seen_to_serve() -> None:
+    blind = Usage(complete=False)
+    looks = [claiming(10, Usage((REAL,))), claiming(20, None), claiming(30, blind)]
+    history = after(*looks)
+    assert (history.server, history.server_confirmed, history.phase_since) == (REAL, True, 10)
+    history = after(*looks, claiming(40, NOBODY), claiming(50, None), claiming(60, blind), claiming(70, NOBODY))
+    assert (history.server, history.server_confirmed, history.phase_since) == (REAL, True, 40)
+    assert history.death_seen == 40
+    history = after(*looks, claiming(40, NOBODY), claiming(50, Usage((REAL,))))
+    assert (history.phase_since, history.death_seen) == (50, None)
+
+
 def test_notes_about_an_id_that_is_free_are_dropped() -> None:
     ledger = Ledger()
     ledger.note_open(3, 1)
@@ -265,6 +362,31 @@ def test_what_was_known_of_an_instance_goes_on_after_a_restart() -> None:
     assert (history.server_died, history.trail, history.phase) == (True, TRIED, before.phase)
     assert (history.verdict and history.verdict.kind, history.verdict_since) == (VerdictKind.UNSERVED, 20)
     assert (history.last_seen, history.watched_since, history.identity) == (50, 50, FIRST)
+
+
+def test_how_long_a_device_is_without_service_goes_on_after_a_restart() -> None:
+    former = a_former_ledger()
+    former.record(waiting(30, FIRST_TRY))
+    former.record(waiting(40))
+    history = remembering(written(former), waiting(50))
+    assert (history.unserved_since, history.takers, history.phase_since) == (20, 1, 40)
+    assert remembering(written(former), replace(live(50), identity=FIRST)).unserved_since is None
+
+
+@pytest.mark.parametrize("key", ["unserved_since", "takers"])
+def test_a_record_of_an_earlier_version_is_believed_in_what_it_says(key: str) -> None:
+    record = written(after_a_stop_that_is_not_over())
+    del record[key]
+    history = remembering(record, replace(QUIESCED, at=50))
+    assert history.overdue
+    assert (history.overdue.command, history.trail) == ("STOP_DEV", TRIED)
+    assert history.unserved_since == (20 if key == "takers" else 50)
+
+
+def after_a_stop_that_is_not_over() -> Ledger:
+    former = a_former_ledger()
+    former.note_hand(3, HAND)
+    return former
 
 
 def test_what_has_to_be_watched_without_a_break_begins_anew_after_a_restart() -> None:
@@ -451,7 +573,13 @@ RECORD = written(a_former_ledger())
 BROKEN: dict[str, Any] = {
     "not an object": [1, 2],
     "nothing": None,
-    **{f"without {key}": {name: value for name, value in RECORD.items() if name != key} for key in RECORD},
+    **{
+        f"without {key}": {name: value for name, value in RECORD.items() if name != key}
+        for key in RECORD
+        if key not in ("unserved_since", "takers")
+    },
+    "takers that are many": RECORD | {"takers": "many"},
+    "a time without service that is endless": RECORD | {"unserved_since": float("inf")},
     "half a number of a node": RECORD | {"char_rdev": [240]},
     "a disk of one number": RECORD | {"disk_rdevs": [[259]]},
     "a disk without numbers": RECORD | {"disk_rdevs": [["a", "b"]]},

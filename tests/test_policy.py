@@ -41,8 +41,9 @@ DISK = Disk((259, 0), 7)
 DEAD, LIVE, QUIESCED, FAIL_IO = KernelState.DEAD, KernelState.LIVE, KernelState.QUIESCED, KernelState.FAIL_IO
 ALIVE = Server(4121, alive=True, comm="ublk.loop")
 GONE = Server(4121, alive=False)
+OTHER = Server(4122, alive=True, comm="worker")
 NOBODY = Usage()
-OPEN = Usage(char_openers=(Server(4122, alive=True, comm="worker"),))
+OPEN = Usage(char_openers=(OTHER,))
 MOUNTED = Usage(holders=(Holder("mount", "/srv (ext4)"),))
 SWEPT_IN_PART = Usage(complete=False)
 MODERN = Traits()
@@ -80,6 +81,9 @@ class Case:
     times_busy: int = 0
     daemon_for: float = 3600.0  # since this daemon's first look
     trail: Trail = NO_TRAIL
+    unserved_for: float | None = None
+    takers: int = 0
+    confirmed: Server | None = None  # was seen to have it open while LIVE
     hold: Hold | None = None
     policy: Policy = DEFAULT
     traits: Traits = MODERN
@@ -104,12 +108,13 @@ class Case:
             identity=IDENTITY,
             first_seen=0.0,
             last_seen=NOW,
-            phase=(),
+            phase=(self.state,),
             phase_since=NOW - self.phase_for,
             seen_live=self.seen_live,
             seen_idle_since=None if self.watched_for is None else NOW - self.watched_for,
             idle_since=None if self.idle_for is None else NOW - self.idle_for,
-            server=GONE if self.seen_live else None,
+            server=self.confirmed or (GONE if self.seen_live else None),
+            server_confirmed=self.confirmed is not None,
             server_died=self.server_died,
             overdue=Overdue(self.overdue, NOW - 11) if self.overdue else None,
             paused_until=NOW + self.paused_for,
@@ -117,6 +122,8 @@ class Case:
             watched_since=NOW - self.daemon_for,
             times_busy=self.times_busy,
             trail=self.trail,
+            unserved_since=None if self.unserved_for is None else NOW - self.unserved_for,
+            takers=self.takers,
         )
 
     def verdict(self, later: float = 0.0) -> Verdict:
@@ -133,12 +140,37 @@ GIVES_UP = Policy(unserved=OnUnserved.DELETE)
 LATE = replace(UNSERVED, phase_for=61.0, usage=NOBODY)
 TO_RECOVER = replace(LATE, policy=RECOVERS)
 TO_GIVE_UP = replace(LATE, policy=GIVES_UP)
+FLAPPING = replace(UNSERVED, phase_for=5.0, unserved_for=61.0, takers=3, usage=NOBODY)
+NOT_ITS_SERVER = replace(LIVE_CASE, confirmed=OTHER, usage=NOBODY)
+NEVER_STARTED = Case(seen_live=False)
 HOLD = Hold(3, NOW - 60, NOW + 540, 0, "upgrade")
 
 # case, verdict, action, what the sentence names
 TRUTH = {
     "served": (LIVE_CASE, "live", "none", "served by 4121 (ublk.loop)"),
     "served by a fork": (replace(LIVE_CASE, server=GONE, usage=OPEN), "live", "none", "4122 (worker)"),
+    "served by another than the kernel tells of": (
+        replace(LIVE_CASE, usage=OPEN),
+        "live",
+        "none",
+        "served by 4122 (worker), which has its char device open",
+    ),
+    "served by one of two openers": (
+        replace(LIVE_CASE, usage=Usage(char_openers=(OTHER, ALIVE))),
+        "live",
+        "none",
+        "served by 4121 (ublk.loop)",
+    ),
+    "another had it, nobody looked": (replace(NOT_ITS_SERVER, usage=None), "live", "none", "cannot be seen from here"),
+    "another had it, seen in part": (replace(NOT_ITS_SERVER, usage=SWEPT_IN_PART), "live", "none", "cannot be seen"),
+    "another had it, and just now": (replace(NOT_ITS_SERVER, phase_for=1.0), "closing", "none", "not noticed yet"),
+    "another had it": (NOT_ITS_SERVER, "wedged", "alert", "its server 4122 (worker) is gone since 100 s"),
+    "another had it, and is being killed": (
+        replace(NOT_ITS_SERVER, usage=Usage(char_openers=(replace(OTHER, condition=Condition.DYING.value),))),
+        "wedged",
+        "alert",
+        "its server 4122 (worker) was killed and has not ended",
+    ),
     "served, no pid": (replace(LIVE_CASE, server=None, usage=OPEN), "live", "none", "char device open"),
     "served by who knows": (replace(LIVE_CASE, server=GONE, usage=SWEPT_IN_PART), "live", "none", "cannot be seen"),
     "served, nobody looked": (replace(LIVE_CASE, server=GONE), "live", "none", "cannot be seen"),
@@ -197,12 +229,81 @@ TRUTH = {
         "none",
         "has taken its char device",
     ),
+    "without service, servers come and go": (
+        FLAPPING,
+        "unserved",
+        "alert",
+        "waits for a new server; without service for 61 s, 3 servers have taken it and let go",
+    ),
+    "without service, one came": (replace(FLAPPING, takers=1), "unserved", "alert", "for 61 s, 1 server has taken"),
+    "without service, none was seen": (replace(FLAPPING, takers=0), "unserved", "alert", "without service for 61 s"),
+    "without service for less": (replace(FLAPPING, unserved_for=59.0), "unserved", "none", "60 s to be recovered in"),
+    "without service, to be recovered": (
+        replace(FLAPPING, policy=RECOVERS, unserved_for=119.0),
+        "unserved",
+        "none",
+        "60 s to be recovered in",
+    ),
+    "without service, to be recovered, for long": (
+        replace(FLAPPING, policy=RECOVERS, unserved_for=121.0),
+        "unserved",
+        "alert",
+        "without service for 2 min",
+    ),
+    "without service, an attempt failed just now": (
+        replace(FLAPPING, policy=RECOVERS, unserved_for=3600.0, trail=Trail(1, not_before=NOW - 119, trouble="exit 1")),
+        "unserved",
+        "none",
+        "60 s to be recovered in",
+    ),
+    "without service, an attempt failed long ago": (
+        replace(FLAPPING, policy=RECOVERS, unserved_for=3600.0, trail=Trail(1, not_before=NOW - 121, trouble="exit 1")),
+        "unserved",
+        "alert",
+        "without service for 60 min",
+    ),
+    "without service, to be given up": (
+        replace(FLAPPING, policy=GIVES_UP, unserved_for=3600.0),
+        "unserved",
+        "alert",
+        "without service for 60 min",
+    ),
+    "taken by the next of many": (
+        replace(FLAPPING, usage=OPEN, unserved_for=121.0),
+        "unserved",
+        "alert",
+        "3 servers have taken it and let go; 4122 (worker) has its char device now",
+    ),
+    "taken by the next of many, for not that long": (
+        replace(FLAPPING, usage=OPEN, unserved_for=119.0),
+        "recovering",
+        "none",
+        "has taken its char device",
+    ),
+    "taken by the second": (
+        replace(FLAPPING, usage=OPEN, unserved_for=3600.0, takers=1),
+        "recovering",
+        "none",
+        "has taken its char device",
+    ),
     "taken, and not served": (replace(TO_RECOVER, usage=OPEN), "unserved", "alert", "has had its char device for"),
     "to be recovered, open without a ring": (
         replace(TO_RECOVER, usage=LEAKED),
         "unserved",
-        "recover",
-        "4123 (bash) has its char device open, and no server can take it before that is closed",
+        "alert",
+        "4123 (bash) has its char device open, and no server can take it before that is closed, so no command is run",
+    ),
+    "to be recovered, open in one that is dying": (
+        replace(TO_RECOVER, usage=DYING_OPENER),
+        "unserved",
+        "alert",
+        "so no command is run",
+    ),
+    "to be recovered, open without a ring for a moment": (
+        replace(TO_RECOVER, usage=LEAKED, policy=replace(RECOVERS, recovery_deadline=2.0), phase_for=3.0),
+        "unserved",
+        "none",
+        "so no command is run",
     ),
     "unserved, open in one that is dying": (
         replace(UNSERVED, usage=DYING_OPENER),
@@ -292,6 +393,36 @@ TRUTH = {
     "stray QUIESCED": (replace(UNSERVED, disk=None, seen_live=False), "unknown", "alert", "stray state"),
     "added": (ADDED, "starting", "none", "of 60 s left to open it"),
     "being set up": (replace(ADDED, usage=OPEN), "starting", "none", "being set up by 4122 (worker)"),
+    "being set up for long": (
+        replace(NEVER_STARTED, usage=OPEN, phase_for=7200.0),
+        "starting",
+        "none",
+        "being set up by 4122 (worker), which has its char device open, for 120 min now",
+    ),
+    "never started, open without a ring": (
+        replace(NEVER_STARTED, usage=LEAKED),
+        "pinned",
+        "alert",
+        "DEAD, never seen LIVE, for 100 s; 4123 (bash) has its char device open, and no io_uring to serve it with",
+    ),
+    "never started, open without a ring for a moment": (
+        replace(NEVER_STARTED, usage=LEAKED, phase_for=59.0),
+        "starting",
+        "none",
+        "being set up by 4123 (bash)",
+    ),
+    "never started, open in one that was killed": (
+        replace(NEVER_STARTED, usage=DYING_OPENER),
+        "pinned",
+        "alert",
+        "4121 (ublk.loop) has its char device open, and was killed",
+    ),
+    "never started, one of two openers has a ring": (
+        replace(NEVER_STARTED, usage=Usage(char_openers=(WITHOUT_RING, OTHER))),
+        "starting",
+        "none",
+        "being set up by 4122 (worker)",
+    ),
     "never opened": (replace(ADDED, idle_for=61.0), "orphaned", "delete", "never seen LIVE"),
     "not yet closed": (Case(usage=OPEN, phase_for=44.0), "closing", "none", "not yet closed by 4122 (worker)"),
     "never closed": (Case(usage=OPEN), "pinned", "alert", "until 4122 (worker) closes its char device"),
@@ -306,7 +437,12 @@ TRUTH = {
     "idle only begins": (Case(idle_for=None, watched_for=None), "closing", "none", "only begins"),
     "orphan": (Case(), "orphaned", "delete", "server 4121 died, device DEAD, nobody has it open, nothing holds it"),
     "orphan of the living": (Case(server_died=False), "orphaned", "delete", "server 4121 has let go, device DEAD"),
-    "orphan, swept in part": (Case(usage=SWEPT_IN_PART), "orphaned", "delete", "device DEAD"),
+    "orphan, swept in part": (
+        Case(usage=SWEPT_IN_PART),
+        "orphaned",
+        "delete",
+        "device DEAD, nobody was seen to have it open or to hold it (not all could be seen)",
+    ),
     "orphan, kept": (Case(policy=KEEPS), "orphaned", "alert", "device DEAD"),
     "orphan, ignored": (Case(policy=Policy(orphaned=OnOrphan.IGNORE)), "orphaned", "none", "device DEAD"),
     "orphan, refused": (Case(paused_for=4.0), "orphaned", "alert", "input/output error"),
@@ -380,7 +516,13 @@ def everything() -> Iterator[Case]:
             yield replace(case, traits=TWO_STUCK)
             yield replace(case, unprivileged=True, traits=Traits(delete_can_be_cancelled=False))
             yield replace(case, hold=HOLD)
+            yield replace(case, policy=Policy(setup_grace=0.0), phase_for=46.0)
+        if server is ALIVE and state == LIVE:
+            yield replace(case, confirmed=OTHER)
+            yield replace(case, confirmed=OTHER, phase_for=1.0)
         if server is None and state in (QUIESCED, FAIL_IO):
+            for chosen, phase_for in itertools.product((DEFAULT, RECOVERS, GIVES_UP), (0.0, 59.9, 61.0)):
+                yield replace(case, policy=chosen, phase_for=phase_for, unserved_for=3600.0, takers=5)
             yield replace(case, policy=RECOVERS)
             yield replace(case, policy=RECOVERS, phase_for=59.0)
             yield replace(case, policy=RECOVERS, hold=HOLD)
@@ -465,7 +607,7 @@ def test_a_command_runs_only_for_a_device_that_waits_for_a_server_and_that_nobod
             assert case.policy.unserved is OnUnserved.RECOVER
             assert case.phase_for >= case.policy.recovery_deadline
             assert case.daemon_for >= min(case.policy.recovery_deadline, 5.0)
-            assert not (case.usage and any(opener.may_serve for opener in case.usage.char_openers))
+            assert not (case.usage and case.usage.char_openers)
             assert not any((case.overdue, case.hold, case.trail.is_running))
             assert case.trail.attempts < RULE.attempts
             assert case.trail.not_before <= NOW
@@ -539,7 +681,7 @@ def test_a_device_that_was_never_live_is_watched_even_when_it_is_old() -> None:
 
 def test_who_has_it_open_is_looked_up_wherever_the_verdict_depends_on_it() -> None:
     for case in everything():
-        if case.usage is None and not policy.needs_usage(case.seen()):
+        if case.usage is None and not policy.needs_usage(case.seen(), case.history()):
             verdicts = [replace(case, usage=usage).verdict() for usage in USAGES]
             assert len({(verdict.kind, verdict.action) for verdict in verdicts}) == 1, case
 

@@ -433,6 +433,19 @@ class Histories(RuleBasedStateMachine):
         if opener_dies:
             self.kernel.kill(opener)
 
+    @happens_to(is_served)
+    def the_kernel_tells_of_another_process(self, instance: Instance) -> None:
+        """Up to 6.16: of a server in a container by its number in there."""
+        instance.pid = self.kernel.process("init").pid
+
+    @happens_to(lambda each: bool(each.openers))
+    def a_helper_without_a_ring_outlives_the_server(self, instance: Instance) -> None:
+        helper = self.kernel.process("helper")
+        helper.has_ring = False
+        self.kernel.share(instance, helper)
+        for opener in instance.openers[:-1]:
+            self.kernel.kill(opener)
+
     @happens_to(lambda each: bool(each.openers))
     def a_server_dies(self, instance: Instance) -> None:
         self.kernel.kill(instance.openers[0])

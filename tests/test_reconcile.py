@@ -14,6 +14,7 @@ from duende_ublkd.core.config import Config, DaemonConfig, OnOrphan, Policy, loa
 from duende_ublkd.core.holds import Hold, Holds
 from duende_ublkd.core.model import Action, Feature, Outcome, VerdictKind
 from duende_ublkd.core.policy import Traits
+from duende_ublkd.daemon import Daemon
 from duende_ublkd.deeds import _MOST_SENT, MOST_DELETIONS
 from duende_ublkd.reconcile import Agenda, Reconciler
 from tests.bench import MOUNT, RESYNC, Bench, Recorder, deleting, on_the_bench, recovering
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from duende_ublkd.core.model import Observation
-    from tests.fake_kernel import Instance
+    from tests.fake_kernel import Instance, Process
 
 CAREFUL_DRY_RUN = Config(daemon=DaemonConfig(dry_run=True))
 
@@ -1462,6 +1463,135 @@ def test_who_keeps_a_device_from_everybody_and_does_nothing_with_it_is_told_of(c
         assert bench.is_there(device)
 
     on_the_bench(test)
+
+
+def test_who_keeps_a_device_that_was_never_started_and_cannot_start_it_is_told_of() -> None:
+    async def test(bench: Bench) -> None:
+        helper = bench.kernel.process("sleep")
+        helper.has_ring = False
+        device = bench.kernel.add()
+        bench.kernel.open(device, helper)
+        await bench.wait(55)
+        assert bench.verdict(device) is VerdictKind.STARTING
+        await bench.wait(20)
+        assert (bench.verdict(device), bench.rule(device)) == (VerdictKind.PINNED, "leaked-descriptor")
+        assert len(bench.alerts()) == 1
+        await bench.wait(3600)
+        assert len(bench.alerts()) == 1
+        assert bench.is_there(device)
+
+    on_the_bench(test)
+
+
+async def a_container(bench: Bench) -> tuple[Instance, Process]:
+    """Up to 6.16: the kernel tells of the server by its number in there, which is another process's out here."""
+    device = await bench.a_live_device()
+    server, init = device.openers[0], bench.kernel.process("systemd")
+    device.pid = init.pid
+    bench.agenda.soon(None)
+    await bench.wait(0.1)
+    assert bench.reason(device) == f"served by {server.as_seen()}, which has its char device open"
+    return device, server
+
+
+def test_a_server_in_a_container_is_told_by_its_open_device_and_not_by_the_number_that_the_kernel_tells() -> None:
+    async def test(bench: Bench) -> None:
+        device, server = await a_container(bench)
+        told = bench.recorder.told()
+        for _ in range(20):
+            await bench.wait(7)
+            bench.agenda.soon(device.dev_id)
+            await bench.wait(0.1)
+            assert f"served by {server.pid} " in bench.reason(device)
+        bench.kernel.sees_everything = server.visible = False
+        bench.agenda.soon(device.dev_id)
+        await bench.wait(100)
+        assert (bench.verdict(device), bench.rule(device)) == (VerdictKind.LIVE, "served-unseen")
+        assert bench.recorder.told() == told
+
+    on_the_bench(test)
+
+
+def test_the_end_of_a_server_in_a_container_that_the_kernel_does_not_notice_is_told_of() -> None:
+    async def test(bench: Bench) -> None:
+        device, server = await a_container(bench)
+        await bench.wait(100)
+        server.visible = False  # as where its ring has leaked
+        bench.agenda.soon(device.dev_id)
+        await bench.wait(30)
+        assert (bench.verdict(device), bench.alerts()) == (VerdictKind.CLOSING, [])
+        await bench.wait(30)
+        assert (bench.verdict(device), bench.rule(device)) == (VerdictKind.WEDGED, "death-never-noticed")
+        (alert,) = bench.alerts()
+        assert f"its server {server.as_seen()} is gone" in alert
+        await bench.wait(3600)
+        assert bench.is_there(device)
+        assert bench.recorder.announced == []
+
+    on_the_bench(test)
+
+
+def test_a_blind_look_is_told_of_when_it_is_one_of_many_and_until_one_sees_everything() -> None:
+    async def test(bench: Bench) -> None:
+        await bench.a_live_device()
+        reconciler = bench.reconciler
+        bench.kernel.sees_everything = False
+        await bench.wait(RESYNC + 1)
+        bench.kernel.sees_everything = True
+        await bench.wait(RESYNC)
+        bench.kernel.sees_everything = False
+        await bench.wait(59)
+        assert reconciler.blind == ""
+        await bench.wait(RESYNC + 3)
+        assert reconciler.blind == "somebody's open files"
+        bench.kernel.sees_everything = True
+        await bench.wait(RESYNC)
+        assert reconciler.blind == ""
+
+    on_the_bench(test)
+
+
+def test_nobody_is_told_of_what_cannot_be_seen_where_there_is_no_device() -> None:
+    async def test(bench: Bench) -> None:
+        device = await bench.a_live_device()
+        bench.kernel.sees_everything = False
+        await bench.wait(100)
+        assert bench.reconciler.blind
+        bench.kernel.delete(device)
+        bench.kernel.kill(device.adder)
+        await bench.wait(RESYNC + 1)
+        assert bench.reconciler.blind == ""
+
+    on_the_bench(test)
+
+
+def test_the_daemon_has_an_alert_for_looks_that_are_blind_and_ends_it() -> None:
+    told: list[tuple[str, str | None]] = []
+
+    class Desk:
+        def degraded(self, cause: str, sentence: str | None) -> None:
+            told.append((cause, sentence))
+
+    class Watch:
+        def look_began(self, _longest: float) -> None:
+            pass
+
+        def look_ended(self, _longest: float) -> None:
+            pass
+
+    async def test(bench: Bench) -> None:
+        await bench.a_live_device()
+        daemon: Any = Daemon.__new__(Daemon)
+        daemon._config, daemon._desk, daemon._watch, daemon._parts = Config(), Desk(), Watch(), bench
+        bench.kernel.sees_everything = False
+        await bench.wait(100)
+        await daemon._look(None)
+        bench.kernel.sees_everything = True
+        await daemon._look(None)
+
+    on_the_bench(test)
+    sentence = "not everybody who uses devices can be seen: somebody's open files; what depends on it is not done"
+    assert told == [("look", sentence), ("look", None)]
 
 
 def test_opens_that_anybody_may_do_do_not_keep_an_orphan_for_ever() -> None:

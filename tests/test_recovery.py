@@ -12,11 +12,11 @@ import pytest
 from duende_ublkd.core import recovery
 from duende_ublkd.core.config import Config, DaemonConfig, Match, OnOrphan, OnUnserved, Policy
 from duende_ublkd.core.config import DeviceRule as Table
-from duende_ublkd.core.model import Action, Feature, Observation, Outcome, VerdictKind
+from duende_ublkd.core.model import Action, Feature, KernelState, Observation, Outcome, VerdictKind
 from duende_ublkd.core.trail import NO_TRAIL, OVERRUN
 from duende_ublkd.deeds import MOST_RECOVERIES
 from duende_ublkd.reconcile import Agenda, Reconciler
-from tests.bench import RESYNC, Bench, Recorder, a_recovery, on_the_bench, recovering
+from tests.bench import RESYNC, Bench, Recorder, a_recovery, deleting, on_the_bench, recovering
 from tests.fake_kernel import FakeCommand, FakeKernel, run
 
 if TYPE_CHECKING:
@@ -112,6 +112,89 @@ def test_a_server_that_comes_back_by_itself_before_the_deadline_needs_no_command
         assert bench.recorder.announced == []
 
     on_the_bench(test, recovering())
+
+
+@pytest.mark.parametrize("config", [Config(), recovering(), deleting()], ids=["alert", "recover", "delete"])
+def test_servers_that_come_and_die_before_they_serve_are_told_of_once_and_no_deed_is_done_beside_them(
+    config: Config,
+) -> None:
+    async def test(bench: Bench) -> None:
+        device = await bench.an_unserved_device()
+        died_at = bench.now
+        for _ in range(60):
+            await bench.wait(19)
+            server = bench.kernel.process()
+            bench.kernel.recover(device, server)
+            await bench.wait(1)
+            bench.kernel.kill(server)
+        assert bench.rule(device) == "taken-in-vain"
+        assert "servers have taken it and let go" in bench.reason(device)
+        since = bench.reconciler.devices[device.dev_id].since
+        assert since == pytest.approx(died_at, abs=1)
+        alerts = [each.seen.at for each in bench.recorder.changed if each.verdict.action is Action.ALERT]
+        assert len(alerts) <= 5  # until there were two, and they are shown as servers at work
+        assert alerts[0] - died_at < 130
+        assert bench.is_there(device)
+        assert bench.kernel.commands == []
+        assert bench.kernel.stops == []
+
+    on_the_bench(test, config)
+
+
+def test_a_server_that_comes_in_vain_once_does_not_have_somebody_called_before_the_command_has_run() -> None:
+    async def test(bench: Bench) -> None:
+        device = await bench.an_unserved_device()
+        await bench.wait(50)
+        server = bench.kernel.process()
+        bench.kernel.recover(device, server)
+        await bench.wait(5)
+        bench.kernel.kill(server)
+        await bench.wait(70)
+        assert len(bench.kernel.commands) == 1
+        assert bench.verdict(device) is VerdictKind.LIVE
+        assert bench.alerts() == []
+
+    on_the_bench(test, recovering())
+
+
+def test_commands_that_take_the_device_in_vain_are_told_of_when_they_are_given_up_and_not_before() -> None:
+    async def test(bench: Bench) -> None:
+        bench.kernel.on_command = FakeCommand.take_and_hang
+        device = await bench.an_unserved_device()
+        await bench.wait(600)
+        assert len(bench.kernel.commands) == 3
+        assert bench.rule(device) == "given-up"
+        (alert,) = bench.alerts()
+        assert "recovery given up after 3 attempts" in alert
+
+    on_the_bench(test, SOON)
+
+
+@pytest.mark.parametrize("deadline", [2.0, 60.0])
+def test_no_attempt_is_wasted_on_a_device_that_somebody_has_open_who_cannot_serve_it(deadline: float) -> None:
+    async def test(bench: Bench) -> None:
+        device = await bench.a_live_device(Feature.USER_RECOVERY)
+        helper = bench.kernel.process("sleep")
+        helper.has_ring = False
+        server = device.openers[0]
+        bench.kernel.share(device, helper)
+        bench.kernel.settles_in = 0
+        bench.kernel.kill(server)
+        device.state = KernelState.QUIESCED  # as up to 6.14, where the ring's end is enough
+        bench.agenda.soon(None)
+        await bench.wait(44)
+        assert bench.alerts() == []
+        await bench.wait(40)
+        assert bench.kernel.commands == []
+        assert bench.rule(device) == "leaked-descriptor"
+        (alert,) = bench.alerts()
+        assert f"{helper.pid} (sleep) has its char device open" in alert
+        bench.kernel.kill(helper)
+        await bench.wait(5)
+        assert len(bench.kernel.commands) == 1
+        assert bench.verdict(device) is VerdictKind.LIVE
+
+    on_the_bench(test, recovering(deadline=deadline))
 
 
 class ServerInBetween(FakeKernel):

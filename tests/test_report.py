@@ -236,6 +236,39 @@ def explained(device: Judged) -> present.Explanation:
     return present.Explanation(device, history, chosen)
 
 
+OPENER = Server(812, alive=True, comm="server")
+
+
+def shown_server(device: Judged) -> int | None:
+    server = present.as_object(device)["server"]
+    return server and int(server["pid"])
+
+
+def test_who_serves_a_device_is_whoever_has_it_open_and_not_who_the_kernel_tells_of_where_the_two_differ() -> None:
+    leaked = replace(OPENER, has_ring=False)
+    claimed = Server(7, alive=True)
+    assert shown_server(a_device()) == 7
+    assert shown_server(a_device(usage=None)) == 7
+    assert shown_server(a_device(usage=Usage((OPENER,)))) == 812
+    assert shown_server(a_device(usage=Usage((OPENER, claimed)))) == 7
+    assert shown_server(a_device(usage=Usage((leaked,)))) == 7
+    assert shown_server(a_device(server=None, usage=Usage((leaked, OPENER)))) == 812
+    assert shown_server(a_device(server=Server(7, alive=False), usage=Usage())) == 7
+
+
+@pytest.mark.parametrize("rule", ["death-unnoticed", "death-never-noticed", "served-unseen"])
+def test_a_living_process_that_was_not_believed_to_serve_a_device_is_not_shown_as_its_server(rule: str) -> None:
+    def judged_by(rule: str, *, alive: bool | None = True) -> Judged:
+        device = a_device(usage=Usage(), server=Server(7, alive))
+        return replace(device, verdict=replace(device.verdict, rule=rule))
+
+    assert shown_server(judged_by(rule)) is None
+    assert shown_server(judged_by(rule, alive=False)) == 7
+    assert shown_server(judged_by(rule, alive=None)) == 7
+    assert shown_server(judged_by("served")) == 7
+    assert "alive" in present.explain(explained(judged_by(rule)))
+
+
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_the_table_fits_the_terminal(width: int) -> None:
     devices = [a_device(dev_id, reason="a reason that is longer than any terminal " * 5) for dev_id in (3, 4, 1048575)]

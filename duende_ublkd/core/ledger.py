@@ -6,6 +6,8 @@ Rules:
 3. What a device was (served by whom, on which disk) stays known after it died: the kernel forgets it at once.
 4. A record outlives the daemon and is believed of the same instance in the same boot, and of nothing else: ages, attempts
    and what it was go on. What has to be watched without a break (`seen_idle_since`, `watched_since`) begins anew.
+5. Deeds wait by a clock that every change sets back (`phase_since`). What people are told must not wait for ever for that:
+   it goes by `unserved_since` too, which nothing but service ends.
 """
 
 from __future__ import annotations
@@ -72,6 +74,9 @@ class History:
     verdict_since: float = 0.0
     watched_since: float = 0.0  # the first look of this daemon; what is older was remembered
     trail: Trail = NO_TRAIL
+    unserved_since: float | None = None  # it waits for a server; who takes it and lets go again does not change that
+    taken_by: Server | None = None  # who has it open meanwhile, and may come to serve it
+    takers: int = 0  # those who had, and have let go
 
     @property
     def was_live(self) -> bool:
@@ -166,7 +171,8 @@ class Ledger:
         changed = before is None or before.kind is not verdict.kind or before.action is not verdict.action
         since = past.verdict_since
         if before is None or before.kind is not verdict.kind:
-            since = at
+            waits_since = past.unserved_since if verdict.kind is VerdictKind.UNSERVED else None
+            since = at if waits_since is None else waits_since
         history = replace(past, verdict=verdict, verdict_since=since)
         self._histories[dev_id] = history
         return history, (before or Verdict(VerdictKind.UNKNOWN, "never seen before")) if changed else None
@@ -304,10 +310,45 @@ def _is_started(seen: Observation) -> bool:
     return seen.info is not None and seen.info.state in started and seen.disk is not None
 
 
-def _phase(seen: Observation) -> tuple[object, ...]:
-    served = bool((seen.server and seen.server.alive and seen.server.may_serve) or _openers(seen))
+def _is_unserved(seen: Observation) -> bool:
+    """Its disk is there, and waits for a server."""
+    return _is_started(seen) and not is_live(seen)
+
+
+def is_contradicted(seen: Observation, past: History | None) -> bool:
+    """Whether something speaks against the pid that the kernel tells of for a LIVE device: others have it open; or another
+    one was seen to, since it was last started or recovered. Who has registered its file with its ring and closed it is not
+    seen at all: that alone speaks against nobody.
+    """
+    claimed = seen.server
+    if claimed is None or not is_live(seen):
+        return False
+    if any(_may_be_same(claimed, each) for each in (seen.usage.char_openers if seen.usage else ())):
+        return False
+    is_of_this_life = past is not None and past.phase[:1] == (KernelState.LIVE,)
+    known = past.server if past and past.server_confirmed and is_of_this_life else None
+    return bool(_openers(seen)) or (known is not None and not _may_be_same(claimed, known))
+
+
+def _may_be_same(one: Server, other: Server) -> bool:
+    """Of one whose /proc/PID cannot be read the start is not known."""
+    return one.pid == other.pid and (one.start_time == other.start_time or 0 in (one.start_time, other.start_time))
+
+
+def _phase(seen: Observation, past: History | None = None) -> tuple[object, ...]:
     state = seen.info.state if seen.info else None
-    return state, seen.disk is not None, seen.identity.sysfs_inode is not None, served
+    return state, seen.disk is not None, seen.identity.sysfs_inode is not None, _is_served(seen, past)
+
+
+def _is_served(seen: Observation, past: History | None) -> bool:
+    if _openers(seen):
+        return True
+    if not (seen.server and seen.server.alive and seen.server.may_serve):
+        return False
+    if past is None or not is_contradicted(seen, past):
+        return True
+    # What nobody looked at breaks nothing.
+    return bool(past.phase[-1]) and not (seen.usage and seen.usage.complete)
 
 
 def _known_server(seen: Observation) -> Server | None:
@@ -355,13 +396,25 @@ def _begin(seen: Observation) -> History:
         server_confirmed=_is_confirmed(seen, _known_server(seen)),
         disk_rdevs=seen.disk.rdevs if seen.disk else frozenset(),
         watched_since=seen.at,
+        unserved_since=seen.at if _is_unserved(seen) else None,
+        taken_by=_taker(seen, None),
     )
 
 
+def _taker(seen: Observation, before: Server | None) -> Server | None:
+    """Who has taken it while it waits; the same one until a look at everybody does not find that one any more."""
+    openers = _openers(seen) if _is_unserved(seen) else ()
+    is_blind = seen.info is None or seen.usage is None or not seen.usage.complete
+    same = next((each for each in openers if _same_process(each, before)), None)
+    return same or next(iter(openers), before if is_blind else None)
+
+
 def _continue(past: History, seen: Observation) -> History:
-    idle, phase = _is_idle(seen), _phase(seen)
+    idle, phase = _is_idle(seen), _phase(seen, past)
     served_now = _known_server(seen)
-    if past.server_confirmed and phase == past.phase and not _is_confirmed(seen, served_now):
+    if is_contradicted(seen, past):
+        served_now = next(iter(_openers(seen)), None)
+    elif past.server_confirmed and phase == past.phase and not _is_confirmed(seen, served_now):
         served_now = past.server  # a claim does not take the place of what was seen
     death_seen = past.death_seen
     server_died = past.server_died
@@ -369,6 +422,11 @@ def _continue(past: History, seen: Observation) -> History:
         death_seen, server_died = None, False
     elif death_seen is None and past.seen_live and phase != past.phase:
         death_seen = seen.at
+    taken_by = _taker(seen, past.taken_by)
+    has_let_go = past.taken_by is not None and not (taken_by and _same_process(taken_by, past.taken_by))
+    unserved_since = past.unserved_since
+    if unserved_since is None and _is_unserved(seen):
+        unserved_since = seen.at
     return replace(
         past,
         identity=seen.identity if seen.identity.sysfs_inode is not None else past.identity,
@@ -388,6 +446,9 @@ def _continue(past: History, seen: Observation) -> History:
         hand=None if idle and _is_stop_of_former(past.overdue) else past.hand,
         death_seen=death_seen,
         server_died=server_died,
+        unserved_since=None if is_live(seen) else unserved_since,
+        taken_by=None if is_live(seen) else taken_by,
+        takers=0 if is_live(seen) else past.takers + has_let_go,
     )
 
 
@@ -409,6 +470,8 @@ def _to_record(past: History) -> dict[str, Any]:
         "verdict": past.verdict.kind.value if past.verdict else None,
         "verdict_since": past.verdict_since,
         "trail": asdict(past.trail),
+        "unserved_since": past.unserved_since,
+        "takers": past.takers,
     }
 
 
@@ -433,8 +496,11 @@ def _from_record(record: Mapping[str, Any]) -> History:
             verdict=Verdict(VerdictKind(kind), "") if kind else None,
             verdict_since=_time(record["verdict_since"]),
             trail=_checked(Trail(**record["trail"])),
+            # An earlier version did not write the following. What else it wrote must not be lost for that.
+            unserved_since=None if record.get("unserved_since") is None else _time(record["unserved_since"]),
+            takers=int(record.get("takers", 0)),
         )
-    except (LookupError, TypeError, ValueError, OverflowError) as error:
+    except (LookupError, AttributeError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"not a record of a device: {error!r}") from error
 
 

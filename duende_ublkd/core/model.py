@@ -163,8 +163,8 @@ class Server:
 class Holder:
     """Somebody who keeps a disk's kernel object alive.
 
-    `kind`: mount | swap | open | dm | md | loop | holder. `what`: one line of printable text, such as
-    `/srv/data (ext4)`, `/dev/ublkb3 (deleted)`, `pid 812 (dd)`.
+    `kind`: mount | swap | open | dm | md | loop | holder, or who exports it: nvmet | lio | gadget | rnbd | xen.
+    `what`: one line of printable text, such as `/srv/data (ext4)`, `/dev/ublkb3 (deleted)`, `pid 812 (dd)`.
     """
 
     kind: str

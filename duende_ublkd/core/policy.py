@@ -3,7 +3,8 @@
 Rule 1: nothing outside this file chooses to delete a device.
 Rule 2: this file imports no clock, no logger and nothing that does I/O, so the whole truth table fits in a unit test.
 Rule 3: a pid proves nothing by itself. A dead `ublksrv_pid` can stand on a healthy device (a server that forked), a living
-        one on a corpse (a recycled number). The kernel's state, the disk and the open char device decide.
+        one on a corpse (a recycled number, or that of another pid namespace). The kernel's state, the disk and the open char
+        device decide.
 Rule 4: only a device that is DEAD, has no disk, and is not open is ever deleted, and only after its grace. Where the
         policy says so, a device that waits for a server (QUIESCED, FAIL_IO) is stopped first: only when its deadline is
         over, and only when everybody who could hold its disk was looked for and nobody does.
@@ -16,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from duende_ublkd.core.config import OnOrphan, OnUnserved
+from duende_ublkd.core.ledger import is_contradicted
 from duende_ublkd.core.model import OPENING, Action, Condition, KernelState, Verdict, VerdictKind
 
 if TYPE_CHECKING:
@@ -31,6 +33,9 @@ only after the request timeout of 30 s (ublk_timeout)."""
 
 COURTESY = 5.0
 """Seconds that a daemon watches before it runs a recovery command for a device that had no server before it came."""
+
+LONG_SETUP = 3600.0
+"""Seconds of being set up from which on it is said for how long."""
 
 LETTING_GO = 1.0
 """Seconds that the kernel may take to free a deleted device that nobody holds; milliseconds are normal."""
@@ -54,12 +59,15 @@ class Traits:
         return len(self.stuck) > 1
 
 
-def needs_usage(seen: Observation) -> bool:
-    """Whether it has to be looked up who has this device open: not where the verdict does not depend on it."""
+def needs_usage(seen: Observation, past: History | None = None) -> bool:
+    """Whether it has to be looked up who has this device open: not where the verdict does not depend on it.
+
+    `past`: what was known before this look.
+    """
     if seen.info is None:
         return _is_deleted_unseen(seen)
     if seen.info.state == KernelState.LIVE:
-        return seen.disk is not None and not _alive(seen.server)
+        return seen.disk is not None and (not _alive(seen.server) or is_contradicted(seen, past))
     return seen.info.state != KernelState.DEAD or seen.disk is None or seen.identity.sysfs_inode is None
 
 
@@ -136,7 +144,7 @@ def _decide(seen: Observation, past: History, policy: Policy, traits: Traits, no
 def _live(seen: Observation, past: History, now: float) -> Verdict:
     if seen.disk is None:
         return _live_without_disk(past, now)
-    if _alive(seen.server):
+    if _alive(seen.server) and not is_contradicted(seen, past):
         stopped = ", which is stopped" if seen.server and seen.server.condition == Condition.STOPPED.value else ""
         return Verdict(VerdictKind.LIVE, f"served by {seen.server}{stopped}", rule="served")
     if seen.usage is None or (not seen.usage.complete and not seen.usage.char_openers):
@@ -215,30 +223,69 @@ def _without_server(seen: Observation, past: History, policy: Policy, now: float
     if past.trail.began is not None:
         return _being_recovered(name, past.trail, policy, now)
     if opener := next((each for each in _char_openers(seen) if each.may_serve), None):
-        return _taken(name, opener, policy, lasted)
-    left = policy.recovery_deadline - lasted
-    if policy.unserved is OnUnserved.RECOVER:
-        # A server that comes back by itself may have begun to while nobody looked.
-        left = max(left, past.watched_since + min(policy.recovery_deadline, COURTESY) - now)
-    if left > 0:
+        return _taken(name, opener, past, policy, now)
+    if policy.recovery_deadline > lasted:
+        return _deadline_open(seen, past, policy, policy.recovery_deadline - lasted, now)
+    # A server that comes back by itself may have begun to while nobody looked.
+    courtesy = past.watched_since + min(policy.recovery_deadline, COURTESY) - now
+    if policy.unserved is OnUnserved.RECOVER and courtesy > 0:
         reason = f"{_waiting(seen)}; {_span(policy.recovery_deadline)} to be recovered in"
         then = _AFTER_DEADLINE[policy.unserved]
-        return Verdict(VerdictKind.UNSERVED, reason, look_again_in=left, rule="deadline-open", then=then)
+        return Verdict(VerdictKind.UNSERVED, reason, look_again_in=courtesy, rule="deadline-open", then=then)
     if policy.unserved is OnUnserved.RECOVER and policy.recover:
-        return _to_be_recovered(seen, past.trail, policy.recover, now)
+        return _to_be_recovered(seen, past.trail, policy, policy.recover, lasted, now)
     if policy.unserved is OnUnserved.DELETE:
         return _to_be_given_up(seen, past, policy, now)
     reason = f"{_waiting(seen)}, for over {_span(policy.recovery_deadline)}"
     return Verdict(VerdictKind.UNSERVED, reason, Action.ALERT, rule="deadline-over")
 
 
-def _taken(name: str, by: Server, policy: Policy, lasted: float) -> Verdict:
-    """A new server is at it, or hangs in it."""
-    if lasted < max(policy.recovery_deadline, SETTLING):
-        reason = f"{name}; {by} has taken its char device"
-        return Verdict(VerdictKind.RECOVERING, reason, look_again_in=2.0, rule="taken")
-    reason = f"{name}; {by} has had its char device for {_span(lasted)}, and does not serve it"
-    return Verdict(VerdictKind.UNSERVED, reason, Action.ALERT, look_again_in=5.0, rule="taken-too-long")
+def _taken(name: str, by: Server, past: History, policy: Policy, now: float) -> Verdict:
+    """A new server is at it, or hangs in it, or is the next of many that come and go."""
+    lasted, longest = now - past.phase_since, max(policy.recovery_deadline, SETTLING)
+    if lasted >= longest:
+        reason = f"{name}; {by} has had its char device for {_span(lasted)}, and does not serve it"
+        return Verdict(VerdictKind.UNSERVED, reason, Action.ALERT, look_again_in=5.0, rule="taken-too-long")
+    if past.takers > 1 and _left_alone_for(past, now) >= 2 * longest:
+        reason = f"{name}{_in_vain(past, now)}; {by} has its char device now"
+        return Verdict(VerdictKind.UNSERVED, reason, Action.ALERT, look_again_in=2.0, rule="taken-in-vain")
+    reason = f"{name}; {by} has taken its char device"
+    return Verdict(VerdictKind.RECOVERING, reason, look_again_in=2.0, rule="taken")
+
+
+def _deadline_open(seen: Observation, past: History, policy: Policy, left: float, now: float) -> Verdict:
+    """Each server that comes and goes has the deadline begin anew, so that nothing is done beside the next one. Somebody is
+    told nevertheless: when the device has been without service for the deadline; or, where a deed is to follow, for twice
+    that, since one server that came in vain may have put it off.
+    """
+    patience = policy.recovery_deadline * (1 if policy.unserved is OnUnserved.ALERT else 2)
+    told_in, then = patience - _left_alone_for(past, now), _AFTER_DEADLINE[policy.unserved]
+    if told_in > 0:
+        reason = f"{_waiting(seen)}; {_span(policy.recovery_deadline)} to be recovered in"
+        then = then if left <= told_in else _AFTER_DEADLINE[OnUnserved.ALERT]
+        wait = min(left, told_in)
+        return Verdict(VerdictKind.UNSERVED, reason, look_again_in=wait, rule="deadline-open", then=then)
+    reason = f"{_waiting(seen)}{_in_vain(past, now)}"
+    then = "" if policy.unserved is OnUnserved.ALERT else then
+    return Verdict(VerdictKind.UNSERVED, reason, Action.ALERT, left, "taken-in-vain", then)
+
+
+def _unserved_for(past: History, now: float) -> float:
+    return now - (past.phase_since if past.unserved_since is None else past.unserved_since)
+
+
+def _left_alone_for(past: History, now: float) -> float:
+    """Without service, and since the last attempt of our own failed: of those somebody is told in another way."""
+    return min(_unserved_for(past, now), now - past.trail.not_before)
+
+
+def _in_vain(past: History, now: float) -> str:
+    """Behind whatever says that it is not served."""
+    for_so_long = f"; without service for {_span(_unserved_for(past, now))}"
+    if not past.takers:
+        return for_so_long
+    many = "1 server has" if past.takers == 1 else f"{past.takers} servers have"
+    return f"{for_so_long}, {many} taken it and let go"
 
 
 _AFTER_DEADLINE = {
@@ -264,7 +311,9 @@ def _being_recovered(name: str, trail: Trail, policy: Policy, now: float) -> Ver
     return Verdict(VerdictKind.RECOVERING, reason, look_again_in=1.0, rule="recovery-runs")
 
 
-def _to_be_recovered(seen: Observation, trail: Trail, rule: Recovery, now: float) -> Verdict:
+def _to_be_recovered(
+    seen: Observation, trail: Trail, policy: Policy, rule: Recovery, lasted: float, now: float
+) -> Verdict:
     if trail.is_given_up(rule.attempts):
         why = f": {trail.trouble}" if trail.trouble else ": it was served again each time, and never for long"
         tries = f"{trail.attempts} attempt{'' if trail.attempts == 1 else 's'}"
@@ -276,6 +325,12 @@ def _to_be_recovered(seen: Observation, trail: Trail, rule: Recovery, now: float
         wait = trail.not_before - now
         then = "the recovery command runs"
         return Verdict(VerdictKind.UNSERVED, reason, look_again_in=wait, rule="backoff", then=then)
+    if _char_openers(seen):  # START_USER_RECOVERY would be refused; or it is a server that has no ring yet
+        reason = f"{_waiting(seen)}, so no command is run"
+        if lasted < max(policy.recovery_deadline, SETTLING):
+            then = "the recovery command runs"
+            return Verdict(VerdictKind.UNSERVED, reason, look_again_in=2.0, rule="not-free", then=then)
+        return Verdict(VerdictKind.UNSERVED, reason, Action.ALERT, look_again_in=5.0, rule="leaked-descriptor")
     attempt = f"attempt {trail.attempts + 1} of {rule.attempts}"
     return Verdict(VerdictKind.UNSERVED, f"{_waiting(seen)}; {attempt}", Action.RECOVER, rule="to-be-recovered")
 
@@ -314,18 +369,24 @@ def _dead(seen: Observation, info: DevInfo, past: History, policy: Policy, trait
     can_be_async = traits.async_delete and not info.unprivileged
     return (
         _in_transition(seen, past, now)
-        or _in_use(seen, past, now)
+        or _in_use(seen, past, policy, now)
         or _open_unseen(past, now)
         or _grace(past, policy, now)
         or _paused(past, now)
         or _held(seen, past, policy, waits_for_ever=not (can_be_async or traits.delete_can_be_cancelled))
         or Verdict(
             VerdictKind.ORPHANED,
-            f"{_corpse(past)}, nobody has it open, nothing holds it",
+            f"{_corpse(past)}, {_by_nobody(seen)}",
             _ON_ORPHAN[policy.orphaned],
             rule="orphaned",
         )
     )
+
+
+def _by_nobody(seen: Observation) -> str:
+    if seen.usage and seen.usage.complete:
+        return "nobody has it open, nothing holds it"
+    return "nobody was seen to have it open or to hold it (not all could be seen)"
 
 
 _ON_ORPHAN = {OnOrphan.DELETE: Action.DELETE, OnOrphan.ALERT: Action.ALERT, OnOrphan.IGNORE: Action.NONE}
@@ -347,24 +408,33 @@ def _in_transition(seen: Observation, past: History, now: float) -> Verdict | No
     return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0, rule="dead-with-disk")
 
 
-def _in_use(seen: Observation, past: History, now: float) -> Verdict | None:
+def _in_use(seen: Observation, past: History, policy: Policy, now: float) -> Verdict | None:
     if seen.usage is None:
         reason = "DEAD; nobody looked who has it open"
         return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=1.0, rule="openers-unknown")
     if seen.usage.char_openers:
-        opener = seen.usage.char_openers[0]
-        lasted = now - past.phase_since
-        if past.was_live and lasted >= SETTLING:
-            reason = f"DEAD for {_span(lasted)}; its id stays taken until {opener} closes its char device"
-            return Verdict(VerdictKind.PINNED, reason, Action.ALERT, look_again_in=5.0, rule="leaked-descriptor")
-        doing = "not yet closed by" if past.was_live else "being set up by"
-        reason = f"DEAD, {doing} {opener}, which has its char device open"
-        wait = _soon(lasted, at_most=15.0)
-        return Verdict(_on_its_way(past), reason, look_again_in=wait, rule="open")
+        return _open(seen.usage.char_openers, past, policy, now)
     if seen.char_device is None:
         reason = f"DEAD, and its node is missing: mknod /dev/ublkc{seen.dev_id} c {_numbers(seen.identity.char_rdev)}"
         return Verdict(VerdictKind.UNKNOWN, reason, Action.ALERT, look_again_in=5.0, rule="node-missing")
     return None
+
+
+def _open(openers: tuple[Server, ...], past: History, policy: Policy, now: float) -> Verdict:
+    """Who may serve may take as long as it likes to set a device up; nobody else ever starts it."""
+    opener = next((each for each in openers if each.may_serve), openers[0])
+    lasted = now - past.phase_since
+    if past.was_live and lasted >= SETTLING:
+        reason = f"DEAD for {_span(lasted)}; its id stays taken until {opener} closes its char device"
+        return Verdict(VerdictKind.PINNED, reason, Action.ALERT, look_again_in=5.0, rule="leaked-descriptor")
+    if not past.was_live and not opener.may_serve and lasted >= max(SETTLING, policy.setup_grace):
+        cannot = "and was killed" if _is_dying(opener) else "and no io_uring to serve it with"
+        reason = f"DEAD, never seen LIVE, for {_span(lasted)}; {opener} has its char device open, {cannot}"
+        return Verdict(VerdictKind.PINNED, reason, Action.ALERT, look_again_in=5.0, rule="leaked-descriptor")
+    doing = "not yet closed by" if past.was_live else "being set up by"
+    since = f", for {_span(lasted)} now" if lasted >= LONG_SETUP else ""
+    reason = f"DEAD, {doing} {opener}, which has its char device open{since}"
+    return Verdict(_on_its_way(past), reason, look_again_in=_soon(lasted, at_most=15.0), rule="open")
 
 
 def _open_unseen(past: History, now: float) -> Verdict | None:
@@ -489,10 +559,13 @@ WHAT_WOULD_CHANGE_IT = {
     "being-started": "the disk's arrival, or START_DEV's failure",
     "stray-state": "START_DEV by its server; or its owner, who knows whether a server is behind it, deleting it",
     "taken": "the new server finishing the recovery, or letting go",
+    "taken-in-vain": "a server that finishes the recovery: the journal of those that have tried tells why they ended "
+    "(journalctl -u UNIT)",
     "taken-too-long": "that server finishing the recovery; or its end, and another one",
     "recovery-runs": "the device being served, or the end of the command or of its time",
     "deadline-open": "a new server: START_USER_RECOVERY and END_USER_RECOVERY",
     "deadline-over": 'a new server; unserved = "recover" or "delete" in the configuration',
+    "not-free": "whoever has its char device open closing it, or serving the device",
     "backoff": "a new server, whoever starts it",
     "given-up": "a new server, whoever starts it; or, when the cause is mended, duende-ublkd release: attempts begin anew",
     "to-be-recovered": "a new server that is quicker",

@@ -63,7 +63,7 @@ class TlsConfig:
 
 @dataclass(frozen=True, slots=True)
 class WebConfig:
-    """The whole file. `users`: each with the bcrypt hash of a password. `headers`: of every answer."""
+    """The whole file. `users`: each with the bcrypt hash of a password. `headers`: of every answer (see report/web.py)."""
 
     tls: TlsConfig | None = None
     users: Mapping[str, str] = field(default_factory=dict, repr=False)

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from duende_ublkd.core.config import duration_text
+from duende_ublkd.core.ledger import is_contradicted
 from duende_ublkd.core.model import Action, VerdictKind, feature_names
 from duende_ublkd.core.policy import WHAT_WOULD_CHANGE_IT
 from duende_ublkd.core.text import printable
@@ -225,12 +226,27 @@ def _line(row: Iterable[str], widths: Sequence[int], width: int) -> str:
 
 
 def _server_of(device: Judged) -> Server | None:
-    seen = device.seen
-    if seen.server and seen.server.alive:
-        return seen.server
-    if seen.usage and seen.usage.char_openers:
-        return seen.usage.char_openers[0]
-    return seen.server
+    """Who serves it, did, or has it open. Not the one that the kernel tells of, where that one is alive and not believed."""
+    seen, claimed = device.seen, device.seen.server
+    openers = seen.usage.char_openers if seen.usage else ()
+    could_serve = claimed is not None and claimed.alive is True and claimed.may_serve
+    is_other = could_serve and device.verdict.rule in _NOT_BY_THE_CLAIMED
+    is_believed = not (is_other or is_contradicted(seen, None))
+    if claimed and claimed.alive and is_believed:
+        return claimed
+    if openers:
+        return next((each for each in openers if each.may_serve), openers[0])
+    return claimed if is_believed else None
+
+
+_NOT_BY_THE_CLAIMED = (
+    "served-unseen",
+    "death-unnoticed",
+    "leaked-descriptor",
+    "death-never-noticed",
+    "server-cannot-end",
+)
+"""Rules of a LIVE device that the process which the kernel tells of does not serve, even if it could."""
 
 
 def _server_object(server: Server | None) -> dict[str, Any] | None:
