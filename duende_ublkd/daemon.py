@@ -35,6 +35,7 @@ from duende_ublkd.kernel.udev import NodeWatch, Uevents
 from duende_ublkd.lasting import Lasting
 from duende_ublkd.parts import Parts
 from duende_ublkd.report import objects, present
+from duende_ublkd.report.journal import log
 from duende_ublkd.report.metrics import Metrics
 from duende_ublkd.report.page import Health, Pages, View
 from duende_ublkd.report.web import SOCKET_NAME, WebServer
@@ -89,6 +90,7 @@ class Daemon:
             store=self._lasting.store,
             holds=lambda: self.holds,
             lag=lambda: self._watch.lag,
+            dry_run=lambda: self._config.daemon.dry_run,
             alerts=self._desk,
         )
         self._watch = SelfWatch(
@@ -281,6 +283,9 @@ class Daemon:
         longest = longest_look(self._config.daemon.command_deadline, CANCEL_GRACE)
         self._watch.look_began(longest)
         report = await self._parts.reconciler.run_pass(dev_ids)
+        blind = self._parts.reconciler.blind
+        why = f"not everybody who uses devices can be seen: {blind}; what depends on it is not done"
+        self._desk.degraded("look", why if blind else None)
         self._watch.look_ended(self._config.daemon.resync_interval + longest)
         return report
 
@@ -397,12 +402,9 @@ class Daemon:
     async def _take_config(self) -> str:
         tell_service_manager(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
-            config = await _in_a_thread(self._read)
-            if config.http.listen != self._config.http.listen:
-                web = await self._listen(config)
-                if self._web:
-                    await self._web.close()
-                self._web = web
+            config = await self._read_anew()
+            if config.http.listen != self._config.http.listen or (config.http.listen and not self._web):
+                await self._move_to(config)
             elif self._web:
                 self._web.take(config.web)
             self._parts.take(config)
@@ -416,8 +418,47 @@ class Daemon:
             self._config = config
             self._agenda.soon(None)
             self._note(Level.INFO, f"configuration read anew{fixed}")
-        tell_service_manager("READY=1")
+        finally:
+            tell_service_manager("READY=1")
         return why
+
+    async def _read_anew(self) -> Config:
+        """DuendeError, whatever goes wrong: reading has changed nothing yet, so that the old configuration can stay."""
+        try:
+            return await _in_a_thread(self._read)
+        except DuendeError:
+            raise
+        except Exception as error:
+            log.exception("a defect in reading the configuration")
+            why = f"reading the new one failed: {type(error).__name__}: {printable(str(error), 300)}"
+            raise DuendeError(why, hint="its traceback is in the log: journalctl -u duende-ublkd") from error
+
+    async def _move_to(self, config: Config) -> None:
+        """Listen where this configuration says. UsageError: that cannot be had, and the old address is listened on still.
+
+        Of one port, the old address may be in the new one's way: it is given back first.
+        """
+        old, new = self._config.http.listen, config.http.listen
+        in_the_way = self._web if old and new and old.port == new.port else None
+        if in_the_way:
+            in_the_way.stop_listening()
+        try:
+            web = await self._listen(config)
+        except Exception:
+            if in_the_way:
+                await self._listen_again(in_the_way)
+            raise
+        if self._web:
+            await self._web.close()
+        self._web = web
+
+    async def _listen_again(self, web: WebServer) -> None:
+        try:
+            await web.listen_again()
+        except DuendeError as error:  # the next reload tries anew
+            self._note(Level.ERROR, f"nobody is served over TCP any more: {error}")
+            self._web = None
+            await web.close()
 
     def _on_children(self, sentence: str) -> None:
         """Their memory could not be locked; nobody tells when that is over."""

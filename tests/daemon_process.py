@@ -14,7 +14,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any, Self
 
-START_DEADLINE = 60.0  # seconds; an emulated CPU under load takes ten of them to import everything
+START_DEADLINE = 180.0  # seconds; an emulated CPU under load takes tens of them to import everything
 STOP_DEADLINE = 15.0
 
 

@@ -24,13 +24,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from duende_ublkd.core.config import InvalidConfigError
 from duende_ublkd.core.webconfig import ClientAuth, TlsConfig, TlsVersion, WebConfig
-from duende_ublkd.report.access import Access, TooManyError
+from duende_ublkd.report.access import Access, TooManyError, check
 from duende_ublkd.report.metrics import Metrics
 from duende_ublkd.report.web import Times, WebServer
 from tests.certificates import Authority
 from tests.test_report import a_device
-from tests.test_web import ASource, a_record, a_request, until
+from tests.test_web import APage, ASource, a_record, a_request, until
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -167,8 +168,106 @@ def test_a_certificate_is_asked_for_and_only_the_authoritys_own_counts(authority
     serve(WebConfig(replace(tls, client_auth=ClientAuth.IF_GIVEN)), look_if_given)
 
 
+@pytest.mark.parametrize("comment", ["# Autorité racine\n".encode(), b"# Autorit\xe9 racine\n\xff\n"])
+def test_the_authorities_may_have_comments_in_any_encoding(authority: Authority, comment: bytes) -> None:
+    mine, itself = authority.directory / "alice.crt", authority.certificate.read_bytes()
+
+    async def look(_server: WebServer, _source: ASource) -> None:
+        assert await asked(authority.client(mine)) == 200
+        with pytest.raises((ssl.SSLError, ConnectionError)):
+            await asked(authority.client())
+
+    web = WebConfig(a_mutual_tls(authority, client_ca=comment + itself + comment))
+    check(web, "web.yml")
+    serve(web, look)
+
+
+@pytest.mark.parametrize("what", ["nothing", "a comment", "DER", "a broken one"])
+def test_what_holds_no_authority_is_a_mistake_of_its_key(authority: Authority, what: str) -> None:
+    pem = authority.certificate.read_bytes()
+    given = {
+        "nothing": b"",
+        "a comment": "# Autorité\n".encode(),
+        "DER": ssl.PEM_cert_to_DER_cert(pem.decode()),
+        "a broken one": pem[:200] + b"\xe9" + pem[200:],
+    }
+    with pytest.raises(InvalidConfigError, match=r"tls_server_config\.client_ca_file: .*ca\.pem holds no certificate"):
+        check(WebConfig(a_mutual_tls(authority, client_ca=given[what], names={"client_ca_file": "ca.pem"})), "web.yml")
+
+
+def test_an_authority_that_another_one_has_signed_is_enough(authority: Authority, tmp_path: Path) -> None:
+    """As with the exporters: Go takes every certificate of the file for one to be trusted."""
+    middle = Authority(tmp_path)
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-key", middle.key, "-subj", "/CN=middle", "-days", "2"),
+            *("-CA", authority.certificate, "-CAkey", authority.key, "-out", middle.certificate),
+            *("-addext", "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=critical,keyCertSign"),
+        ],
+        check=True,
+        capture_output=True,
+        timeout=60,
+    )
+    signed = middle.issue(tmp_path / "bob", "bob.example.org")
+
+    async def look(_server: WebServer, _source: ASource) -> None:
+        assert await asked(authority.client(signed)) == 200
+        with pytest.raises((ssl.SSLError, ConnectionError)):  # signed by the one above, which is not in the file
+            await asked(authority.client(authority.directory / "alice.crt"))
+
+    serve(WebConfig(a_mutual_tls(authority, client_ca=middle.certificate.read_bytes())), look)
+
+
+def told_of_refusals(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name == "duende_ublkd"]
+
+
+def test_whose_certificate_is_refused_is_in_the_log_with_the_reason_and_anybody_fills_it_slowly(
+    authority: Authority, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    others = Authority(tmp_path).issue(tmp_path / "mallory", "alice.example.org")
+
+    async def look(_server: WebServer, _source: ASource) -> None:
+        async def knock(context: ssl.SSLContext) -> None:
+            with pytest.raises((ssl.SSLError, ConnectionError)):
+                await asked(context)
+
+        await knock(authority.client(others))
+        await until(lambda: len(told_of_refusals(caplog)) == 1)
+        await knock(authority.client())
+        await knock(authority.client(others))
+        await asyncio.sleep(1.5)
+        assert len(told_of_refusals(caplog)) == 1
+        await knock(authority.client())
+        await until(lambda: len(told_of_refusals(caplog)) == 2)
+
+    with caplog.at_level(logging.INFO):
+        serve(WebConfig(a_mutual_tls(authority)), look, Times(refusals=1.5))
+    first, second = told_of_refusals(caplog)
+    assert first.startswith("HTTP client 127.0.0.1 is refused: its certificate is not accepted: unable to get ")
+    is_refused = "HTTP client 127.0.0.1 is refused: it has shown no certificate"
+    assert second == f"{is_refused} (others since the last such line: 2)"
+
+
+def test_who_does_not_get_as_far_as_a_certificate_is_not_in_the_log(
+    authority: Authority, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def look(server: WebServer, _source: ASource) -> None:
+        with pytest.raises((http.client.BadStatusLine, ConnectionError)):
+            await asked(None)
+        with pytest.raises(ssl.SSLCertVerificationError):
+            await asked(ssl.create_default_context())
+        await until(lambda: len(server._crowd) == 0)
+
+    with caplog.at_level(logging.INFO):
+        serve(WebConfig(a_mutual_tls(authority)), look)
+    assert told_of_refusals(caplog) == []
+
+
 @pytest.mark.parametrize("name", ["alice.example.org", "192.0.2.7", "2001:db8:0::7"])
-def test_of_those_with_a_certificate_only_the_named_ones_stay(authority: Authority, name: str) -> None:
+def test_of_those_with_a_certificate_only_the_named_ones_stay(
+    authority: Authority, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
     mine, server = authority.directory / "alice.crt", authority.directory / "server.crt"
 
     async def look(_server: WebServer, _source: ASource) -> None:
@@ -176,7 +275,11 @@ def test_of_those_with_a_certificate_only_the_named_ones_stay(authority: Authori
         with pytest.raises((ssl.SSLError, http.client.BadStatusLine, ConnectionError)):
             await asked(authority.client(server))
 
-    serve(WebConfig(a_mutual_tls(authority, allowed_sans=("bob.example.org", name))), look)
+    with caplog.at_level(logging.INFO):
+        serve(WebConfig(a_mutual_tls(authority, allowed_sans=("bob.example.org", name))), look)
+    assert told_of_refusals(caplog) == [
+        "HTTP client 127.0.0.1 is refused: its certificate has none of client_allowed_sans"
+    ]
 
 
 def test_the_versions_of_tls_are_those_that_are_asked_for(authority: Authority) -> None:
@@ -231,32 +334,27 @@ def test_what_comes_along_with_the_end_of_the_handshake_is_not_lost(authority: A
     serve(WebConfig(a_tls(authority)), look)
 
 
-def test_every_answer_has_the_headers_that_are_asked_for_and_the_page_keeps_its_policy(authority: Authority) -> None:
-    headers = {"Content-Security-Policy": "sandbox", "X-Frame-Options": "deny"}
+def test_every_answer_has_the_headers_that_are_asked_for_and_the_page_its_own_policy_alone(
+    authority: Authority,
+) -> None:
+    """A browser keeps to both of two policies, and would not run the page's script under `default-src 'self'`."""
+    headers = {"Content-Security-Policy": "default-src 'self'", "X-Frame-Options": "deny"}
 
     async def look(_server: WebServer, _source: ASource) -> None:
-        for path in ("/", "/metrics", "/nowhere"):
-            _, got, _ = await asyncio.to_thread(get, authority.client(), path)
-            assert got["X-Frame-Options"] == "deny"
-            assert got["Content-Security-Policy"] == "sandbox"
-        with socket.create_connection(("127.0.0.1", PORT)) as plain:
-            secured = authority.client().wrap_socket(plain, server_hostname="127.0.0.1", do_handshake_on_connect=False)
-            page = await asyncio.to_thread(_converse, secured, a_request("GET", "/"))
-        assert b"\r\nContent-Security-Policy: default-src 'none'\r\n" in page
-        assert b"\r\nContent-Security-Policy: sandbox\r\n" in page
+        for path in ("/metrics", "/nowhere"):
+            assert await asyncio.to_thread(policies, path) == ["default-src 'self'"]
+        assert await asyncio.to_thread(policies, "/") == [APage().policy]
+
+    def policies(path: str) -> list[str]:
+        connection = http.client.HTTPSConnection("127.0.0.1", PORT, context=authority.client(), timeout=20)
+        with contextlib.closing(connection):
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.headers["X-Frame-Options"] == "deny"
+            return list(answer.headers.get_all("Content-Security-Policy", []))
 
     serve(WebConfig(a_tls(authority), headers=headers), look)
-
-
-def _converse(secured: ssl.SSLSocket, request: bytes) -> bytes:
-    secured.do_handshake()
-    secured.sendall(request)
-    answer = b""
-    with contextlib.suppress(ssl.SSLError, ConnectionError):
-        while data := secured.recv(1 << 16):
-            answer += data
-    secured.close()
-    return answer
 
 
 # --- passwords

@@ -160,6 +160,8 @@ VALID = [
     *(a_request("GET", path) for path in ("/api/v1/holds", "/api/v1/events?after=0&limit=3&dev_id=3&since=1.5")),
     a_request("GET", "/api/v1/events?follow=1&after=0"),
     a_request("HEAD", "/metrics"),
+    a_request("HEAD", "/api/v1/events?follow=1"),
+    b"GET /metrics HTTP/1.1\r\nHost: x\r\nExpect: x\r\n\r\nGET /x HTTP/1.0\r\nExpect: y\r\nConnection: close\r\n\r\n",
     a_request("POST", "/api/v1/hold", b'{"dev_id": 3, "seconds": 60, "why": "x"}', "Content-Type: application/json"),
     a_request("POST", "/api/v1/release", b'{"dev_id": 3}'),
     a_request("POST", "/-/reload", b""),

@@ -91,6 +91,7 @@ def a_fixed_world() -> Metrics:
         holds=lambda: [hold],
         lag=lambda: 0.0125,
         alerts=desk,
+        dry_run=lambda: True,
     )
     unserved = replace(
         a_device(4, kind=VerdictKind.UNSERVED, reason="nobody serves it", server=None),
@@ -203,6 +204,14 @@ def test_the_first_look_tells_of_the_driver_and_nothing_before_it_does() -> None
     assert value(metrics, "duende_ublkd_driver_up") == 1
     assert value(metrics, "duende_ublkd_devices", verdict="unknown") == 0
     assert "duende_ublkd_last_full_look_timestamp_seconds" in families(metrics)
+
+
+def test_whether_it_only_says_what_it_would_do_is_asked_in_each_scrape() -> None:
+    metrics, answers = Metrics(), [False, True]
+    assert value(metrics, "duende_ublkd_dry_run") == 0
+    metrics.read_from(overdue=int, locked=int, dry_run=answers.pop)
+    assert value(metrics, "duende_ublkd_dry_run") == 1
+    assert value(metrics, "duende_ublkd_dry_run") == 0
 
 
 def test_what_was_done_is_counted() -> None:

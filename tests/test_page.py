@@ -674,6 +674,18 @@ def test_the_filter_finds_by_text_and_verdict_and_outlives_an_update(chromium: C
     show(chromium, a_crowd(200), look)
 
 
+def test_a_page_that_was_opened_with_a_name_and_a_password_in_its_address_updates_itself(chromium: Chromium) -> None:
+    async def look(tab: Tab, source: AWatched, _: WebServer) -> None:
+        await tab.go(HERE.replace("://", "://oncall:secret@") + "?q=ublk")
+        source.view = replace(source.view, dry_run=True)
+        await update(tab)
+        await tab.wait_for("document.getElementById('dry-run') || document.body.classList.contains('lost')")
+        assert await tab.run("document.getElementById('silence').innerText") == ""
+        assert tab.complaints == []
+
+    show(chromium, sights.quiet(), look)
+
+
 def test_a_daemon_that_does_not_answer_is_said_to_and_so_is_its_return(chromium: Chromium) -> None:
     async def look(tab: Tab, source: AWatched, server: WebServer) -> None:
         await tab.go(HERE)

@@ -5,18 +5,28 @@ import re
 import subprocess
 import time
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from duende_ublkd.core.alertconfig import MOST_SINKS
 from duende_ublkd.core.alerting import AlertKind
+from duende_ublkd.core.holds import MOST_HOLDS, Hold
+from duende_ublkd.core.model import DriverFacts, Feature
+from duende_ublkd.core.trail import Trail
 from duende_ublkd.report.alerts.alertmanager import name_of
+from duende_ublkd.report.alerts.book import MOST_ALERTS
+from duende_ublkd.report.device_series import MOST_DEVICES
+from duende_ublkd.report.metrics import Metrics
 from tests.lab import tools
 from tests.monitors import DEPLOY, Alertmanager, wait_until
 from tests.test_deploy import headings
-from tests.test_metrics import GOLDEN
+from tests.test_metrics import GOLDEN, AJournal, Desk, Sink, Stats, text_of
+from tests.test_metrics import an_alert as an_open_alert
+from tests.test_report import a_device, a_report
 
 RULES = sorted((DEPLOY / "prometheus").glob("*.rules.yml"))
 RULE_TESTS = sorted((Path(__file__).parent / "rules").glob("*.test.yml"))
@@ -201,8 +211,24 @@ def test_promtool_takes_the_scrape_configuration_and_both_jobs_have_the_name_tha
     assert {"target_label": "job", "replacement": "duende-ublkd"} in secured["relabel_configs"]
     assert secured["tls_config"].keys() >= {"ca_file", "cert_file", "key_file"}
     assert secured["basic_auth"].keys() == {"username", "password_file"}
-    samples = 1700 + 110  # of 500 devices, and of none
-    assert plain["sample_limit"] > samples
+    most = a_full_host()
+    for job in (plain, secured):
+        assert job["sample_limit"] > most
+
+
+def a_full_host() -> int:
+    """Samples of as many devices, holds, alerts and sinks as there can be, with room for 100 errors of the kernel's."""
+    metrics = Metrics()
+    devices = [replace(a_device(each), trail=Trail(attempts=1)) for each in range(MOST_DEVICES)]
+    holds = [Hold(each, 0.0, 1.0, 0, "") for each in range(MOST_HOLDS)]
+    alerts = [an_open_alert(AlertKind.UNSERVED, f"ublk{each}/1/unserved", each) for each in range(MOST_ALERTS)]
+    names = [f"sink{each}" for each in range(MOST_SINKS)]
+    desk = Desk(alerts, [Sink(name, last_ok_at=1.0) for name in names], {name: Stats() for name in names})
+    metrics.read_from(overdue=int, locked=int, store=AJournal(), holds=lambda: holds, alerts=desk)
+    metrics.passed(a_report(*devices, driver=DriverFacts(~Feature(0), 64)))
+    samples = sum(not line.startswith("#") for line in text_of(metrics).splitlines())
+    print(f"\na full host: {samples} samples")
+    return samples + 100
 
 
 # --- Alertmanager

@@ -772,15 +772,76 @@ def test_root_does_not_wait_until_others_have_been_answered(path: str) -> None:
     serve(path, ask)
 
 
+@pytest.mark.parametrize("where", ["/metrics", "/nowhere"])
+def test_an_expectation_that_nobody_meets_waits_for_its_turn_as_every_question_does(path: str, where: str) -> None:
+    """aiohttp answers it by itself, before anything of ours is asked."""
+    question = f"GET {where} HTTP/1.1\r\nHost: here\r\nExpect: x\r\n\r\n".encode()
+
+    async def ask(served: AServed) -> None:
+        for tcp in (True, False):
+            reader, writer = await served.connect(tcp=tcp)
+            writer.write(question)
+            await reader.readuntil(b"Expectation Failed\r\n")
+            for server in (served.local, served.tcp):
+                server.pace._free_at = asyncio.get_running_loop().time() + 1
+            began = time.monotonic()
+            writer.write(question)
+            async with asyncio.timeout(10):
+                await reader.readuntil(b"Expectation Failed\r\n")
+            took = time.monotonic() - began
+            assert took >= 0.99 if tcp or os.geteuid() != 0 else took < 0.9, "root alone is not made to wait"
+            writer.transport.abort()
+
+    serve(path, ask)
+
+
+def test_what_is_expected_and_can_be_met_is(path: str) -> None:
+    async def ask(served: AServed) -> None:
+        body = b'{"dev_id": 3}'
+        answer = await served.raw(a_request("POST", "/api/v1/hold", body, "Expect: 100-continue"), tcp=True)
+        assert answer.startswith(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 403 ")
+
+    serve(path, ask)
+
+
+@pytest.mark.parametrize("data", [b"\x16\x03\x01\x02\x00\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n"])
+def test_rubbish_waits_for_its_turn_as_a_question_does(path: str, data: bytes) -> None:
+    async def send(served: AServed) -> None:
+        served.tcp.pace._free_at = asyncio.get_running_loop().time() + 1
+        began = time.monotonic()
+        assert b" 400 " in (await served.raw(data, tcp=True))[:20]
+        assert time.monotonic() - began >= 0.99
+        assert served.tcp.pace._free_at > asyncio.get_running_loop().time() - 0.5, "and the next one waits for it"
+
+    serve(path, send)
+
+
+def test_a_client_that_waits_for_its_first_turn_is_not_waited_for_at_the_end(path: str) -> None:
+    async def leave(served: AServed) -> None:
+        served.tcp.pace._free_at = asyncio.get_running_loop().time() + 60
+        clients = [await served.connect(tcp=True) for _ in range(3)]
+        await until(lambda: len(served.tcp._crowd) == 3)
+        clients[0][1].transport.abort()
+        began = time.monotonic()
+        await served.tcp.close()
+        assert time.monotonic() - began < 4
+        await until(lambda: len(served.tcp._crowd) == 0)
+        for _, writer in clients:
+            writer.transport.abort()
+
+    serve(path, leave)
+
+
 def test_a_client_that_asks_and_asks_is_read_no_further_than_a_queue(path: str) -> None:
     """What is read and not answered yet stays in memory that is locked. What the kernel holds meanwhile is its own."""
 
     async def ask(served: AServed) -> None:
         loop = asyncio.get_running_loop()
-        served.tcp.pace._free_at = loop.time() + 60
         most = 1 << 24
         with socket.create_connection(("127.0.0.1", PORT)) as channel:
             channel.setblocking(False)
+            await until(lambda: any(each._http for each in served.tcp._crowd))  # it is read from now on
+            served.tcp.pace._free_at = loop.time() + 60
             taken, quiet_since = 0, loop.time()
             while loop.time() - quiet_since < 1 and taken < most:
                 with contextlib.suppress(BlockingIOError):
@@ -1029,6 +1090,54 @@ def test_a_follower_that_reads_slowly_gets_everything(path: str) -> None:
     serve(path, look, Times(slowest=2.0))
 
 
+def test_followers_leave_places_for_those_who_ask(path: str) -> None:
+    async def look(served: AServed) -> None:
+        clients = []
+        for _ in range(34):
+            reader, writer = await served.connect(tcp=True)
+            writer.write(b"GET /api/v1/events?follow=1 HTTP/1.1\r\nHost: here\r\n\r\n")
+            async with asyncio.timeout(10):
+                clients.append((await reader.readuntil(b"\r\n\r\n"), reader, writer))
+        assert [int(head.split()[1]) for head, _, _ in clients] == [200] * 32 + [503] * 2
+        assert b"after=SEQ" in await clients[33][1].readuntil(b"}")
+        assert served.source.following == 32
+        assert (await asyncio.to_thread(fetch, "/metrics"))[0] == 200
+        clients[0][2].transport.abort()
+        await until(lambda: served.source.following == 31)
+        clients[33][2].write(b"GET /api/v1/events?follow=1 HTTP/1.1\r\nHost: here\r\n\r\n")
+        assert b" 200 " in await clients[33][1].readuntil(b"\r\n\r\n")
+        for _, _, writer in clients:
+            writer.transport.abort()
+        await until(lambda: served.tcp._followers == 0)
+
+    serve(path, look)
+
+
+@needs_root
+def test_root_follows_when_all_others_places_are_taken(path: str) -> None:
+    async def look(served: AServed) -> None:
+        followers = [await follow(served) for _ in range(40)]
+        with pytest.raises(DuendeError, match="40 clients follow the events already"):
+            await served.ask("GET", "/api/v1/events?follow=1")
+        for _, writer in followers:
+            writer.transport.abort()
+        assert served.source.following <= 40
+
+    serve(path, look)
+
+
+def test_who_asks_for_the_head_of_the_events_alone_gets_no_events(path: str) -> None:
+    async def look(served: AServed) -> None:
+        served.source.add(a_record(1))
+        answer = await served.raw(b"HEAD /api/v1/events?follow=1 HTTP/1.1\r\nHost: here\r\n\r\n")
+        assert answer.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert b"Content-Type: application/x-ndjson\r\n" in answer
+        assert answer.endswith(b"\r\n\r\n")
+        assert served.source.taken == 0
+
+    serve(path, look)
+
+
 def test_followers_that_leave_leave_nothing_behind(path: str) -> None:
     async def look(served: AServed) -> None:
         for _ in range(200):
@@ -1083,6 +1192,66 @@ def test_a_port_in_use_is_an_error_with_a_hint() -> None:
     with pytest.raises(UsageError, match=r"cannot listen on 127\.0\.0\.1:19116: ") as told:
         asyncio.run(twice())
     assert "[http] listen" in told.value.hint
+
+
+def has_ipv6() -> bool:
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET6) as tried:
+        tried.bind(("::1", 0))
+        return True
+    return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="there is no IPv6 here")
+@pytest.mark.parametrize(
+    ("host", "reached"), [("::", {"::1", "127.0.0.1"}), ("::1", {"::1"}), ("0.0.0.0", {"127.0.0.1"})]
+)
+def test_every_address_of_ipv6_is_every_address_of_ipv4_too(host: str, reached: set[str]) -> None:
+    async def look() -> None:
+        server = WebServer(ASource(), Metrics())
+        await server.listen(host, PORT)
+        found = set()
+        for tried in ("::1", "127.0.0.1"):
+            with contextlib.suppress(ConnectionRefusedError):
+                reader, writer = await asyncio.open_connection(tried, PORT)
+                writer.write(a_request("GET", "/-/healthy"))
+                assert b"healthy" in await reader.read()
+                writer.close()
+                found.add(tried)
+        await server.close()
+        assert found == reached
+
+    asyncio.run(look())
+
+
+def test_a_port_of_which_somebody_has_one_address_is_in_use() -> None:
+    async def twice() -> None:
+        first, second = WebServer(ASource(), Metrics()), WebServer(ASource(), Metrics())
+        await first.listen("127.0.0.1", PORT)
+        for host in ("0.0.0.0", "::") if has_ipv6() else ("0.0.0.0",):
+            with pytest.raises(UsageError, match="Address already in use"):
+                await second.listen(host, PORT)
+        await first.close()
+
+    asyncio.run(twice())
+
+
+def test_an_address_that_is_given_back_can_be_had_and_who_is_connected_stays(path: str) -> None:
+    async def look(served: AServed) -> None:
+        kept, other = await served.connect(tcp=True), WebServer(ASource(), Metrics())
+        served.tcp.stop_listening()
+        with pytest.raises(ConnectionRefusedError):
+            await served.connect(tcp=True)
+        kept[1].write(a_request("GET", "/-/healthy"))
+        assert b"healthy" in await kept[0].read()
+        await other.listen("127.0.0.1", PORT)
+        with pytest.raises(UsageError, match="Address already in use"):
+            await served.tcp.listen_again()
+        await other.close()
+        await served.tcp.listen_again()
+        assert (await asyncio.to_thread(fetch, "/-/healthy"))[0] == 200
+        kept[1].transport.abort()
+
+    serve(path, look)
 
 
 def test_anybody_may_use_the_socket_whatever_the_umask_and_it_goes_with_the_server(path: str) -> None:

@@ -101,6 +101,13 @@ class Access:
             self._passwords.close()
 
 
+def why_refused(error: ssl.SSLError) -> str:
+    """What is wrong with the certificate of a client whose handshake ended so; "": it ended for another reason."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted: {error.verify_message}"
+    return "it has shown no certificate" if error.reason == "PEER_DID_NOT_RETURN_A_CERTIFICATE" else ""
+
+
 def _san(text: str) -> str:
     """An address in one of the ways to write it."""
     try:
@@ -136,8 +143,12 @@ def _context(tls: TlsConfig) -> ssl.SSLContext:
         raise _UnusableError(key, f"{files} are no certificate with its key: {_said(error)}") from error
     context.verify_mode = _VERIFIED[tls.client_auth]
     if tls.client_auth is not ClientAuth.NONE:
+        context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # an authority need not be a root, as with the exporters
+        # Comments are in any encoding, and a text for cadata has to be ASCII. What is replaced within a certificate makes it
+        # unreadable, and bytes would be taken for DER.
+        authorities = tls.client_ca.decode("ascii", "backslashreplace")
         try:
-            context.load_verify_locations(cadata=tls.client_ca.decode("ascii", "replace"))
+            context.load_verify_locations(cadata=authorities)
         except (ssl.SSLError, ValueError) as error:
             what = f"{printable(tls.names.get('client_ca_file', ''))} holds no certificate: {_said(error)}"
             raise _UnusableError("client_ca_file", what) from error

@@ -123,9 +123,11 @@ class Metrics:
         holds: Callable[[], Sequence[Hold]] = tuple,
         lag: Callable[[], float] = float,
         alerts: AlertSource | None = None,
+        dry_run: Callable[[], bool] = bool,
     ) -> None:
-        """What a scrape asks for itself: overdue commands, locked memory, the journal, the holds, the lag, the alerts."""
+        """What a scrape asks for itself: overdue commands, locked memory, the journal, holds, the lag, alerts, dry_run."""
         self._snapshot.lag = lag
+        self._snapshot.dry_run = dry_run
         self._snapshot.overdue = overdue
         self._snapshot.locked = locked
         self._snapshot.store = store
@@ -267,6 +269,7 @@ class _Snapshot(Collector):
         self.overdue: Callable[[], int] = int
         self.locked: Callable[[], int] = int
         self.lag: Callable[[], float] = float
+        self.dry_run: Callable[[], bool] = bool
         self.store: JournalSource | None = None
         self.holds: Callable[[], Sequence[Hold]] = tuple
         self.alerts: AlertSource | None = None
@@ -276,6 +279,7 @@ class _Snapshot(Collector):
         build = InfoMetricFamily(f"{PREFIX}_build", "What runs.")
         build.add_metric([], {"version": __version__, "python": platform.python_version()})
         yield build
+        yield _gauge("dry_run", "Whether it only says what it would do.", self.dry_run())
         yield _gauge("commands_overdue", "Commands past their deadline now.", self.overdue())
         yield _gauge("memory_locked_bytes", "Memory that cannot be swapped out.", self.locked())
         late = "How late the event loop's timers were, at worst within the last minute."

@@ -159,7 +159,9 @@
   // Ask.
 
   const ask = async (path) => {
-    const answer = await fetch(path, { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
+    // Of a page that was opened with a name and a password in its address, fetch takes no path.
+    const address = new URL(path, location.origin + location.pathname);
+    const answer = await fetch(address, { cache: "no-store", signal: AbortSignal.timeout(PATIENCE) });
     if (!answer.ok) throw new Error(`${answer.status} ${answer.statusText}`);
     return answer;
   };

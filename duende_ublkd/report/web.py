@@ -9,12 +9,16 @@ Rules:
    that does not read its answer are all the same. A follower of events is cut when it does not take a line for a while;
    nothing is fetched for it meanwhile, so what it costs is one buffer.
 4. Each address has its own limit of clients, and root has places of its own on the unix socket: whoever fills one up locks
-   out neither the other's clients nor the administrator. A client counts before its TLS handshake, and the handshake has a
-   deadline.
+   out neither the other's clients nor the administrator. Followers, which nobody cuts as long as they read, have half of the
+   places. A client counts before its TLS handshake, and the handshake has a deadline.
 5. Each address has a share of the loop's time: answers are made one after the other, with a pause after each that is longer
-   the longer it took. Many clients wait for each other, and the daemon for none of them. Root is not made to wait.
+   the longer it took. Many clients wait for each other, and the daemon for none of them. A connection takes a turn of its
+   own before anything of it is read, so that rubbish costs as much as a question. Root is not made to wait.
 6. TLS and passwords are for TCP alone: on the unix socket the kernel says who calls. Their renewal is for the next client;
    the listener stays, and who is connected stays.
+7. A header of the web configuration takes the place of ours, but for the Content-Security-Policy: an answer that has one,
+   which is the page, keeps its own and no other. A browser keeps to both of two, and a common one for sites, such as
+   "default-src 'self'", would stop the page's script: the page would stand still without a word.
 
 aiohttp is the server, on the daemon's own loop, because limits, parsing and TLS of strangers' bytes are somebody's
 full-time work: it costs 13 MiB of locked memory once; TLS nothing, since asyncio has loaded OpenSSL anyway, but 256 KiB for
@@ -31,6 +35,7 @@ import math
 import os
 import re
 import socket
+import ssl
 import stat
 import struct
 import time
@@ -38,17 +43,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from duende_ublkd.core.config import MAX_DEV_ID
+from duende_ublkd.core.config import MAX_DEV_ID, Address
 from duende_ublkd.core.errors import DuendeError, UsageError
 from duende_ublkd.core.holds import DEFAULT_TIME, LONGEST_TIME, MOST_TEXT, SHORTEST_TIME, NotAllowedError
 from duende_ublkd.core.text import printable
 from duende_ublkd.report import objects, present
-from duende_ublkd.report.access import Access, TooManyError
+from duende_ublkd.report.access import Access, TooManyError, why_refused
 from duende_ublkd.report.journal import log
 from duende_ublkd.report.metrics import Metrics
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 
     from duende_ublkd.core.holds import Hold, Released
@@ -78,12 +82,14 @@ _BODY_LIMIT = 4096  # bytes
 _MOST_HEADERS = 48  # of a request; a browser sends twenty
 _LONGEST_LINE = 4096  # bytes, of each of them; with so many clients this is 12 MiB at worst
 _MOST_CLIENTS = 64  # connections at once; a further one is closed, so that no client can use up the descriptors
-_PLACES_OF_ROOT = 8  # further ones
+_MOST_FOLLOWERS = 32  # of them
+_PLACES_OF_ROOT = 8  # further ones, of clients and of followers
 _GOODBYE = 1.0  # seconds for requests under way at the end
 _SHARE = 0.2  # of the loop's time, for each address
 _LEAST_COST = 0.0005  # seconds that the smallest request takes, all in all
 _HANDSHAKE_COST = 0.006  # with a key of RSA and 4096 bits
 _LONGEST_PAUSE = 2.0  # after an answer, whatever it took: a scrape still comes through
+_EXPECTATION_FAILED = 417
 _PATHS = (
     "/, /api/v1/status, /api/v1/devices, /api/v1/holds, /api/v1/events, /api/v1/alerts, /metrics, /-/healthy, /-/ready"
 )
@@ -159,6 +165,7 @@ class Times:
     heartbeat: float = 15.0  # of silence, until a follower gets an empty line
     slowest: float = 15.0  # for a follower to take a line when its buffer is full
     handshake: float = 10.0  # for TLS
+    refusals: float = 60.0  # between two lines of the log about clients whose certificates are refused
 
 
 class WebServer:
@@ -171,24 +178,45 @@ class WebServer:
         self._runner: web.AppRunner | None = None
         self._server: asyncio.Server | None = None
         self._socket_path: Path | None = None
+        self._address: Address | None = None
+        self._followers = 0
         self._ending = asyncio.get_running_loop().create_future()
         self._reloads: set[asyncio.Task[str]] = set()
         self._access: Access | None = None
         self._crowd: set[_Connection] = set()
         self.pace = _Pace(self._ending)
+        self.refusals = _Refusals(self.times.refusals)
 
     async def listen(self, host: str, port: int, web: WebConfig | None = None) -> None:
         """Raises UsageError when the address cannot be had. `web`: who is let in; None: everybody."""
         self.take(web)
-        runner = await self._set_up()
+        await self._set_up()
+        self._address = Address(host, port)
         try:
+            await self.listen_again()
+        except UsageError:
+            await self.close()
+            raise
+
+    def stop_listening(self) -> None:
+        """Give the TCP address back; who is connected stays."""
+        if self._server:
+            self._server.close()
+            self._server = None
+
+    async def listen_again(self) -> None:
+        """On the address that was given back. UsageError: somebody else has it."""
+        address, runner = self._address, self._runner
+        if address is None or runner is None:
+            raise RuntimeError("listen_again() of a server that never listened, or was closed")
+        try:
+            listener = _listening(address)
             self._server = await asyncio.get_running_loop().create_server(
-                lambda: _Connection(self, runner, is_local=False), host, port
+                lambda: _Connection(self, runner, is_local=False), sock=listener
             )
         except OSError as error:
-            await self.close()
             raise UsageError(
-                f"cannot listen on {host}:{port}: {error.strerror}",
+                f"cannot listen on {address}: {error.strerror}",
                 hint='set another address, or none with "": [http] listen = "127.0.0.1:10117"',
             ) from error
 
@@ -256,6 +284,20 @@ class WebServer:
     def welcomes(self, certificate: Mapping[str, Any] | None) -> bool:
         """Whether a client with this certificate may stay."""
         return self._access is None or self._access.welcomes(certificate)
+
+    @contextlib.contextmanager
+    def _following(self, connection: _Connection) -> Iterator[None]:
+        """Have one of the followers' places (rule 4). DuendeError: there is none."""
+        if self._followers >= _MOST_FOLLOWERS + (_PLACES_OF_ROOT if connection.uid == 0 else 0):
+            what = f"{self._followers} clients follow the events already, and there are no more places for that"
+            raise DuendeError(
+                what, hint="ask again and again, without follow: after=SEQ of the last event that you have"
+            )
+        self._followers += 1
+        try:
+            yield
+        finally:
+            self._followers -= 1
 
     async def _set_up(self) -> web.AppRunner:
         app = web.Application(client_max_size=_BODY_LIMIT, middlewares=[self._guard])
@@ -338,10 +380,10 @@ class WebServer:
         connection = _connection_of(request)
         if self._access and connection and not connection.is_local:
             for name, value in self._access.headers.items():
-                if name == "Content-Security-Policy":  # beside the page's own: a browser keeps to both
-                    response.headers.add(name, value)
-                else:
+                if name != "Content-Security-Policy" or name not in response.headers:  # rule 7
                     response.headers[name] = value
+        if response.status == _EXPECTATION_FAILED and connection and connection.uid != 0:
+            await self.pace.turn(_LEAST_COST)  # aiohttp makes this answer before it asks _guard
 
     async def _get_metrics(self, _: web.Request) -> web.Response:
         with self.pace.measured():
@@ -443,19 +485,22 @@ class WebServer:
         connection = _connection_of(request)
         if connection is None:
             raise ConnectionResetError("the client is gone")
-        connection.expect_nothing()
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         response.force_close()
-        await response.prepare(request)
-        events = self._source.follow_events(after)
-        async with contextlib.aclosing(self._lines(events, dev_id)) as lines:
-            async for line in lines:
-                try:
-                    async with asyncio.timeout(self.times.slowest):
-                        await response.write(line)
-                except (TimeoutError, ConnectionError):
-                    connection.cut()
-                    break
+        if request.method == "HEAD":
+            return response
+        with self._following(connection):
+            connection.expect_nothing()
+            await response.prepare(request)
+            events = self._source.follow_events(after)
+            async with contextlib.aclosing(self._lines(events, dev_id)) as lines:
+                async for line in lines:
+                    try:
+                        async with asyncio.timeout(self.times.slowest):
+                            await response.write(line)
+                    except (TimeoutError, ConnectionError):
+                        connection.cut()
+                        break
         return response
 
     async def _lines(self, events: AsyncIterator[Record], dev_id: int | None) -> AsyncGenerator[bytes, None]:
@@ -520,6 +565,26 @@ class _Pace:
             self._free_at = max(self._free_at, began + min(took / _SHARE, _LONGEST_PAUSE))
 
 
+class _Refusals:
+    """The log's lines about clients whose certificates are refused: one at a time, as anybody could fill it with them."""
+
+    def __init__(self, pause: float) -> None:
+        """`pause`: seconds between two lines."""
+        self._pause = pause
+        self._silent_until = 0.0
+        self._untold = 0
+
+    def note(self, client: str, why: str) -> None:
+        """Somebody has been refused."""
+        now = asyncio.get_running_loop().time()
+        if now < self._silent_until:
+            self._untold += 1
+            return
+        others = f" (others since the last such line: {self._untold})" if self._untold else ""
+        self._silent_until, self._untold = now + self._pause, 0
+        log.info("HTTP client %s is refused: %s%s", printable(client, 60), printable(why, 300), others)
+
+
 class _Connection(asyncio.Protocol):
     """A client: let in or turned away, who it is, and how long its silence is borne. The rest is aiohttp's.
 
@@ -545,28 +610,48 @@ class _Connection(asyncio.Protocol):
             transport.close()
             return
         self._transport = transport
-        if context := self._server.tls_for(self):
-            transport.pause_reading()
-            self._greeting = asyncio.ensure_future(self._greet(transport, context))
-        else:
+        if self.uid == 0:
             self._begin(transport)
+        else:
+            transport.pause_reading()
+            self._greeting = asyncio.ensure_future(self._greet(transport))
 
-    async def _greet(self, transport: asyncio.Transport, context: ssl.SSLContext) -> None:
-        """Shake hands, in this client's turn: the server's part of it is the dearest that a stranger can ask for."""
+    async def _greet(self, transport: asyncio.Transport) -> None:
+        """Wait for this client's turn, and shake hands then, if that is wanted."""
+        context = self._server.tls_for(self)
         try:
-            with contextlib.suppress(OSError):  # they could not agree, or it took too long
-                async with asyncio.timeout(self._server.times.handshake):
-                    await self._server.pace.turn(_HANDSHAKE_COST)
-                    secured = await asyncio.get_running_loop().start_tls(
-                        transport, self, context, server_side=True, ssl_shutdown_timeout=_GOODBYE
-                    )
-                if secured and self._server.welcomes(secured.get_extra_info("peercert")):
-                    self._transport = secured
-                    self._begin(secured)
+            with contextlib.suppress(OSError):  # it took too long, or the client has gone
+                if context:
+                    await self._shake_hands(transport, context)
+                    return
+                async with asyncio.timeout(self._server.times.patience):
+                    await self._server.pace.turn(_LEAST_COST)
+                self._begin(transport)
+                transport.resume_reading()
         finally:
             if not self._http:  # asyncio does not tell of the end of a connection whose handshake has none
                 transport.abort()
                 self.connection_lost(None)
+
+    async def _shake_hands(self, transport: asyncio.Transport, context: ssl.SSLContext) -> None:
+        """The server's part of it is the dearest that a stranger can ask for. OSError: it comes to nothing."""
+        why = ""
+        try:
+            async with asyncio.timeout(self._server.times.handshake):
+                await self._server.pace.turn(_HANDSHAKE_COST)
+                secured = await asyncio.get_running_loop().start_tls(
+                    transport, self, context, server_side=True, ssl_shutdown_timeout=_GOODBYE
+                )
+        except ssl.SSLError as error:
+            why = why_refused(error)
+        else:
+            if secured and self._server.welcomes(secured.get_extra_info("peercert")):
+                self._transport = secured
+                self._begin(secured)
+            elif secured:
+                why = "its certificate has none of client_allowed_sans"
+        if why:
+            self._server.refusals.note(_address_of(transport), why)
 
     def _begin(self, transport: asyncio.Transport) -> None:
         """Let aiohttp talk to it."""
@@ -646,6 +731,27 @@ def _peer_uid(transport: asyncio.BaseTransport) -> int | None:
     except (OSError, AttributeError, struct.error):
         return None
     return int(uid)
+
+
+def _address_of(transport: asyncio.Transport) -> str:
+    peer = transport.get_extra_info("peername")
+    return str(peer[0]) if isinstance(peer, tuple) else "of an unknown address"
+
+
+def _listening(address: Address) -> socket.socket:
+    """A socket that listens there. `::` is every address there is, IPv4's too, as with the exporters."""
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # in spite of clients that have just left
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)  # whatever the host's bindv6only says
+        listener.bind((address.host, address.port))
+        listener.listen()  # here already, as this may be what tells that somebody else does
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def _clear(path: Path) -> None:
