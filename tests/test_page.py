@@ -164,6 +164,14 @@ def test_a_failing_sink_is_wrong_as_long_as_something_waits_for_it() -> None:
     assert len(look_at(a_view(alerts={"sinks": [failing], "alerts": [told_already]}), time.time()).troubles) == 1
 
 
+def test_whom_a_sink_did_not_reach_is_on_the_page_though_the_sink_is_well() -> None:
+    view = a_view(alerts={"sinks": [a_sink("mail", "mail", last_ok_at=time.time(), missed="b@example.org <x>: 450")]})
+    text = read(view).text
+    assert "the last one did not reach b@example.org <x>: 450" in text
+    assert "in part" in text
+    assert look_at(view, time.time()).state is State.WELL
+
+
 def test_what_was_given_up_is_wrong_until_its_sink_takes_something_again() -> None:
     def view(last_ok_at: float | None) -> View:
         lost = sights.troubled().alerts["undelivered"]

@@ -510,6 +510,8 @@ def _sink(sink: Mapping[str, Any], now: float) -> str:
     lines = [f'<span class="chip s{standing}">{_icon(icon)}{word}</span>']
     if error:
         lines.append(f"<p>{_text(error)}</p>")
+    if missed := sink.get("missed"):
+        lines.append(f"<p>the last one did not reach {_text(missed)}</p>")
     if waiting:
         again = moment(sink.get("next_try_at"))
         lines.append(f"<p>{waiting} waiting{'' if again is None else f', next try {_clock(again, now)}'}</p>")
@@ -528,6 +530,8 @@ def _sink_state(sink: Mapping[str, Any]) -> tuple[str, str, int]:
         return "failing", "wrong", 0
     if sink.get("last_error"):
         return "last one failed", "tended", 1
+    if sink.get("missed"):
+        return "in part", "tended", 1
     return ("waiting", "tended", 1) if sink.get("waiting") else ("well", "well", 3)
 
 
