@@ -428,7 +428,7 @@ class Daemon:
             return await _in_a_thread(self._read)
         except DuendeError:
             raise
-        except Exception as error:
+        except Exception as error:  # a defect in reading is no reason for a daemon to end that has a configuration
             log.exception("a defect in reading the configuration")
             why = f"reading the new one failed: {type(error).__name__}: {printable(str(error), 300)}"
             raise DuendeError(why, hint="its traceback is in the log: journalctl -u duende-ublkd") from error
@@ -444,7 +444,7 @@ class Daemon:
             in_the_way.stop_listening()
         try:
             web = await self._listen(config)
-        except Exception:
+        except DuendeError:
             if in_the_way:
                 await self._listen_again(in_the_way)
             raise

@@ -18,7 +18,7 @@ GUESTS = pytest.StashKey[dict[str, GuestSuite]]()
 def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("hypothesispytest"):
         return  # in a guest: it has no such tests, and importing hypothesis takes long there
-    from hypothesis import HealthCheck, settings  # noqa: PLC0415 - see above
+    from hypothesis import HealthCheck, settings  # noqa: PLC0415 - a guest is not to import it
 
     settings.register_profile(
         "suite",

@@ -7,7 +7,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ class Told:
 
 
 @pytest.fixture
-def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: ANN401 - a generator
+def told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Told]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as channel:
         channel.bind(str(tmp_path / "notify"))
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
@@ -127,6 +127,9 @@ class Reloading(Daemon):
     next: Any
     thief: socket.socket | None = None
 
+    def __init__(self, config: Config, directory: str) -> None:
+        super().__init__(config, self.read, directory)
+
     async def _listen(self, config: Config) -> WebServer | None:
         if self.thief:  # somebody is faster
             assert self._config.http.listen
@@ -135,16 +138,17 @@ class Reloading(Daemon):
             self.thief.listen()
         return await super()._listen(config)
 
-    def read(self) -> Any:  # noqa: ANN401 - a configuration, or what is none
+    def read(self) -> Config:
         if isinstance(self.next, BaseException):
             raise self.next
-        return self.next
+        found: Config = self.next
+        return found
 
 
 def reloading(directory: Path, listen: Address | None, test: Callable[[Reloading], Awaitable[None]]) -> None:
     async def story() -> None:
         config = Config(daemon=DaemonConfig(state_dir=str(directory / "state")), http=HttpConfig(listen))
-        daemon = Reloading(config, lambda: daemon.read(), str(directory))  # noqa: PLW0108 - it is not there yet
+        daemon = Reloading(config, str(directory))
         await daemon._lasting.restore(daemon._parts.reconciler)
         daemon._web = await daemon._listen(config)
         try:

@@ -814,7 +814,7 @@ async def test_a_sink_that_comes_hears_of_what_is_open_and_one_that_goes_is_forg
 
 
 @pytest.mark.parametrize("is_restarted", [False, True])
-def test_what_waits_for_a_sink_that_is_no_more_is_undeliverable_and_said(is_restarted: bool) -> None:  # noqa: FBT001
+def test_what_waits_for_a_sink_that_is_no_more_is_undeliverable_and_said(*, is_restarted: bool) -> None:
     async def story() -> None:
         bureau = Bureau(WEBHOOK)
         bureau.look(WEDGED)
@@ -856,7 +856,8 @@ def test_what_waits_for_a_sink_that_is_no_more_is_undeliverable_and_said(is_rest
 def test_a_sink_that_leads_elsewhere_hears_of_what_is_open_and_of_what_waits(
     before: SinkConfig,
     after: SinkConfig,
-    is_restarted: bool,  # noqa: FBT001
+    *,
+    is_restarted: bool,
 ) -> None:
     async def story() -> None:
         bureau = Bureau(before)

@@ -207,13 +207,15 @@ def test_a_device_that_the_kernel_has_taken_away_is_not_held_for_an_answer(entry
         (None, ["ok"]),
     ],
 )
-def test_a_stop_that_was_not_sent_is_not_counted(failure: DuendeError | None, results: list[str]) -> None:
+def test_a_stop_that_was_not_sent_is_not_counted(
+    monkeypatch: pytest.MonkeyPatch, failure: DuendeError | None, results: list[str]
+) -> None:
     async def body(kernel: UblkKernel, control: SilentControl) -> None:
         async def stop(*_: object, **__: object) -> None:
             if failure:
                 raise failure
 
-        kernel.children.stop_device = stop  # type: ignore[method-assign]
+        monkeypatch.setattr(kernel.children, "stop_device", stop)
         claim = UblkClaim(kernel, DEV_ID, os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC))
         seen = Observation(DEV_ID, 0.0, PRIVILEGED, Identity(1), disk=Disk((259, 0)))
         with contextlib.nullcontext() if failure is None else pytest.raises(type(failure)):

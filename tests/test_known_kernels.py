@@ -9,7 +9,7 @@ from duende_ublkd.core.known_kernels import Answer, Basis, Kernel, Severity, ide
 
 YES, PERHAPS, NO = Answer.YES, Answer.PERHAPS, Answer.NO
 
-DEBIAN_GCC = "(debian-kernel@lists.debian.org) (x86_64-linux-gnu-gcc-14 (Debian 14.2.0-19) 14.2.0, GNU ld)"
+DEBIAN_GCC = "(debian-kernel) (x86_64-linux-gnu-gcc-14 (Debian 14.2.0-19) 14.2.0, GNU ld)"
 UBUNTU_GCC = "(buildd@lcy02-amd64-032) (x86_64-linux-gnu-gcc-13 (Ubuntu 13.2.0-23ubuntu4) 13.2.0, GNU ld)"
 
 

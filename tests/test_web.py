@@ -1201,17 +1201,19 @@ def has_ipv6() -> bool:
     return False
 
 
-@pytest.mark.skipif(not has_ipv6(), reason="there is no IPv6 here")
 @pytest.mark.parametrize(
     ("host", "reached"), [("::", {"::1", "127.0.0.1"}), ("::1", {"::1"}), ("0.0.0.0", {"127.0.0.1"})]
 )
 def test_every_address_of_ipv6_is_every_address_of_ipv4_too(host: str, reached: set[str]) -> None:
+    if ":" in host and not has_ipv6():
+        pytest.skip("the kernel of this machine has IPv6 switched off: nothing can listen there")
+
     async def look() -> None:
         server = WebServer(ASource(), Metrics())
         await server.listen(host, PORT)
         found = set()
         for tried in ("::1", "127.0.0.1"):
-            with contextlib.suppress(ConnectionRefusedError):
+            with contextlib.suppress(OSError):  # refused, or no such family here
                 reader, writer = await asyncio.open_connection(tried, PORT)
                 writer.write(a_request("GET", "/-/healthy"))
                 assert b"healthy" in await reader.read()

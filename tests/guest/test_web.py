@@ -3,13 +3,13 @@
 import base64
 import signal
 import ssl
-import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
 from duende_ublkd.client import DaemonClient, socket_path
 from tests.daemon_process import DaemonProcess
+from tests.server.harness import wait_until
 
 PORT = 10120
 WEB = """
@@ -94,10 +94,7 @@ def test_the_port_is_behind_tls_and_a_password_and_both_are_renewed_without_a_re
         assert [status(first, password) for password in ("right", "wrong")] == [200, 401]
         second = put(tmp_path, SECOND)
         daemon.process.send_signal(signal.SIGHUP)
-        until = time.monotonic() + 60
-        while shown().strip() != second.strip():
-            assert time.monotonic() < until, daemon.log
-            time.sleep(0.2)
+        wait_until(lambda: shown().strip() == second.strip(), 60, "the new certificate is shown")
         assert status(second, "right") == 200
         web.write_text("tls_sever_config: {}\n")
         daemon.process.send_signal(signal.SIGHUP)
