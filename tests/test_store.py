@@ -71,6 +71,7 @@ async def opened(
     heard: Heard | None = None,
     *,
     within: float = 3.0,
+    closes_within: float = 5.0,
     **changes: Any,  # noqa: ANN401 - as Store() takes them
 ) -> AsyncIterator[Store]:
     store = a_store(directory, heard, **changes | {"answer_within": 20.0})
@@ -81,7 +82,7 @@ async def opened(
     finally:
         if pid := store.writer_pid:
             os.kill(pid, signal.SIGCONT)
-        await store.close(5)
+        await store.close(closes_within)
 
 
 def an_event(text: str = "ublk3 is orphaned", **changes: Any) -> Event:  # noqa: ANN401 - fields of Event
@@ -89,7 +90,7 @@ def an_event(text: str = "ublk3 is orphaned", **changes: Any) -> Event:  # noqa:
     return dataclasses.replace(event, **changes)
 
 
-async def until(condition: Callable[[], object], deadline: float = 20) -> None:
+async def until(condition: Callable[[], object], deadline: float = 60) -> None:
     end = time.monotonic() + deadline
     while not condition():
         assert time.monotonic() < end, "it did not come to be"
@@ -491,7 +492,7 @@ def test_a_directory_that_is_not_where_it_seems_or_that_others_can_replace_is_re
 
 
 async def opened_and_closed(place: Path) -> None:
-    async with opened(place) as store:
+    async with opened(place, closes_within=60) as store:
         assert not store.stats.trouble
 
 
@@ -552,8 +553,10 @@ def test_a_file_of_a_newer_version_is_left_as_it_is(place: Path) -> None:
 
 
 def fill(place: Path, count: int = 2000) -> None:
+    """Until its writer has ended, which removes the log: with it, what a test puts in the log's place would go, too."""
+
     async def scenario() -> None:
-        async with opened(place) as store:
+        async with opened(place, closes_within=60) as store:
             store.save("ages", {"3": 1})
             for number in range(count):
                 store.append(an_event(f"event {number}"))
@@ -904,6 +907,45 @@ def test_a_writer_that_takes_its_time_to_end_is_no_trouble_and_has_none_beside_i
             each.kill()
             each.wait()
     assert not [each for each in heard.troubles if "hangs" in each]
+
+
+A_SLOW_END = """
+import os, runpy, sys, time
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+os.closerange(0, 256)
+time.sleep(0.3)
+"""
+
+
+def test_a_loop_that_stalls_while_the_writer_ends_for_good_starts_no_other(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "python"
+    script = tmp_path / "slow.py"
+    script.write_text(A_SLOW_END)
+    program.write_text(f'#!/bin/sh\nshift 2\nexec {sys.executable} {script} "$@"\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    started: list[Sequence[str]] = []
+
+    def spawn(argv: Sequence[str], stdin: int) -> None:
+        started.append(argv)
+        subprocess.Popen(argv, stdin=stdin)
+
+    async def scenario() -> None:
+        store = a_store(place, spawn=spawn)
+        await store.open(20)
+        store.append(an_event("kept"))
+        closing = asyncio.ensure_future(store.close(20))
+        await until(lambda: not store.writer_pid)
+        store.append(an_event("too late"))
+        time.sleep(0.6)  # noqa: ASYNC251 - nothing of the loop runs until the writer has ended
+        await closing
+
+    run(scenario())
+    assert started == []
+    assert texts(read_file(str(place))) == ["kept"]
 
 
 def test_no_writer_is_spawned_beside_one_that_hangs_while_it_ends(place: Path) -> None:

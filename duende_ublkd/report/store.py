@@ -162,6 +162,7 @@ class Store:
         self._deadline: asyncio.TimerHandle | None = None
         self._pumping = False
         self._closing = False
+        self._has_given_up = False  # the last try, while it closes, has failed or is over
         self._closed = False
         self._changed: set[asyncio.Event] = set()  # one for each that waits for anything to change
 
@@ -228,7 +229,7 @@ class Store:
         changed = asyncio.Event()
         self._changed.add(changed)
         try:
-            while self._has_work() and self._retry is None:
+            while self._has_work() and not self._has_given_up:
                 changed.clear()
                 await changed.wait()
             if not self._overdue:
@@ -392,7 +393,7 @@ class Store:
     def _pump(self) -> None:
         """Ask the writer for the next thing to be done, if there is any, and nothing else is under way."""
         self._pumping = False
-        if self._flight or self._retry or self._closed or not self._opened:
+        if self._flight or self._retry or self._has_given_up or self._closed or not self._opened:
             return
         if not self._writer.is_there and not self._start_writer():
             return
@@ -530,12 +531,14 @@ class Store:
         self._on_recovered(lost)
 
     def _fail(self, sentence: str) -> None:
-        """Say so, and try again after a pause."""
+        """Say so, and try again after a pause, unless the store is closing."""
         self._say(printable(sentence, 500))
         self._try_later()
 
     def _try_later(self) -> None:
-        if not self._retry and not self._closed:
+        if self._closing:
+            self._has_given_up = True
+        elif not self._retry and not self._closed:
             self._retry = self._loop.call_later(self._pause, self._try_again)
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
         self._wake()
