@@ -940,7 +940,7 @@ def test_a_loop_that_stalls_while_the_writer_ends_for_good_starts_no_other(
         closing = asyncio.ensure_future(store.close(20))
         await until(lambda: not store.writer_pid)
         store.append(an_event("too late"))
-        time.sleep(0.6)  # noqa: ASYNC251 - nothing of the loop runs until the writer has ended
+        time.sleep(0.6)
         await closing
 
     run(scenario())
