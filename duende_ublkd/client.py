@@ -137,12 +137,30 @@ class _UnixConnection(http.client.HTTPConnection):
         try:
             # Not settimeout: a nonblocking connect to a full backlog does not wait, but fails at once.
             channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _CONNECT_FOR, 0))
-            channel.connect(self._path)
+            _connect(channel, self._path)
             channel.settimeout(self.timeout)
         except OSError as error:
             channel.close()
             raise _unreachable(self._path, error) from error
         self.sock = channel
+
+
+def _connect(channel: socket.socket, path: str) -> None:
+    """As connect(), which returns too early when a signal comes, or when this program was stopped and goes on: the kernel
+    says EINTR (unix_stream_connect), and Python takes a socket that can be written to for one that is connected.
+    """
+    until = time.monotonic() + _CONNECT_FOR
+    while True:
+        channel.connect(path)
+        try:
+            channel.getpeername()
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise
+            if time.monotonic() > until:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN)) from error
+        else:
+            return
 
 
 def _check_listener(channel: socket.socket, path: str) -> None:

@@ -20,12 +20,22 @@ class NativeServer:
 
     def wait_for(self, word: str) -> int:
         """Read on until it says the word; returns the id that it says with it."""
+        dev_id = self._read_until(word)
+        if dev_id is None:
+            raise AssertionError(f"mini_server ended with {self._process.wait()} before it said {word}")
+        return dev_id
+
+    def says(self, word: str) -> bool:
+        """Read on until it says the word, or has ended without."""
+        return self._read_until(word) is not None
+
+    def _read_until(self, word: str) -> int | None:
         assert self._process.stdout
         for line in self._process.stdout:
             said, _, dev_id = line.partition(" ")
             if said == word:
                 return int(dev_id)
-        raise AssertionError(f"mini_server ended with {self._process.wait()} before it said {word}")
+        return None
 
     @property
     def is_running(self) -> bool:

@@ -483,7 +483,22 @@ def test_a_line_that_is_none_ends_a_stream_with_an_error(directory: Path, line: 
             next(lines)
 
 
-def test_a_daemon_that_takes_no_connection_is_waited_for_two_seconds(directory: Path) -> None:
+@pytest.fixture
+def interrupted() -> Iterator[None]:
+    """Every tenth of a second a signal; a program that is stopped and goes on sees the same."""
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+    yield
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("noise", [[], ["interrupted"]], ids=["in silence", "under signals"])
+def test_a_daemon_that_takes_no_connection_is_waited_for_two_seconds(
+    directory: Path, noise: list[str], request: pytest.FixtureRequest
+) -> None:
+    for each in noise:
+        request.getfixturevalue(each)
     path = f"{directory}/api.sock"
     with socket.socket(socket.AF_UNIX) as stuck:
         stuck.bind(path)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -270,6 +271,39 @@ def test_a_server_that_recovers_by_itself_meets_no_command_of_ours() -> None:
         assert daemon.stop() == 0
 
 
+def test_servers_that_come_and_die_before_they_serve_are_told_of_and_no_command_runs_beside_them() -> None:
+    with (
+        DaemonProcess(recovering(*mini()).replace('recovery_deadline = "0s"', 'recovery_deadline = "5s"')) as daemon,
+        NativeServer("--id", "3", "--recovery") as server,
+    ):
+        server.wait_for("LIVE")
+        daemon.wait_verdict(3, "live")
+        server.kill()
+        wait_for_state(3, KernelState.QUIESCED)
+        daemon.wait_verdict(3, "unserved")
+        came = 0
+        until = time.monotonic() + 60
+        while not any("have taken it and let go" in each["text"] for each in raised()):
+            assert time.monotonic() < until, "somebody is told"
+            with NativeServer("--recover", "3", "--stop-after", "open") as another:
+                if not another.says("OPEN"):
+                    continue  # the ring of the former one has not let go yet: EBUSY
+                came += 1
+                wait_until(lambda: str(another.pid) in (daemon.device(3) or {})["reason"], 20, "it is seen")
+            daemon.wait_verdict(3, "unserved")
+        assert came > 1
+        assert "recovery command" not in daemon.log
+        assert len(raised()) == 1, raised()
+        # Nobody comes any more: with the deadline, the command's time has come.
+        forgets = kernel_version(os.uname().release) >= (6, 15)  # what a dead server has mapped, as above
+        daemon.wait_log("ublk3 recovered" if forgets else "ublk3 recovered|recovery given up after 3 attempts", 60)
+        assert daemon.stop() == 0
+
+
+def raised() -> list[dict[str, Any]]:
+    return [each for each in events() if each["kind"] == "alert" and each["facts"].get("state") == "raised"]
+
+
 def test_somebody_who_is_quicker_than_a_slow_command_is_not_fought() -> None:
     with (
         DaemonProcess(recovering("sleep", "1000", timeout="8s")) as daemon,
@@ -301,9 +335,8 @@ def test_a_flapping_server_opens_the_breaker_and_calls_one_person_once() -> None
         daemon.wait_log(r"recovery given up after 4 attempts", 90)
         time.sleep(5)  # nothing more is to happen: that takes its time to be seen
         assert daemon.metric("duende_ublkd_actions_total", action="recover", outcome="recovered") == 4
-        alerts = [each for each in events() if each["kind"] == "alert" and each["facts"].get("state") == "raised"]
-        assert len(alerts) == 1, alerts
-        assert "given up" in alerts[0]["text"]
+        assert len(raised()) == 1, raised()
+        assert "given up" in raised()[0]["text"]
         # A person mends the cause, and says so.
         done = command("release", "3")
         assert done.returncode == 0, done.stderr
