@@ -365,10 +365,10 @@ async def _slowly(self: Receiver, _: asyncio.StreamReader, writer: asyncio.Strea
 def test_a_server_that_hangs_has_its_time_and_its_thread_ends_with_it(behaviour: Any) -> None:  # noqa: ANN401
     async def scenario() -> None:
         async with listening(Receiver(behaviour=behaviour)) as receiver, a_courier() as courier:
-            courier.configure([by_mail(receiver.port, timeout=1.0)])
+            courier.configure([by_mail(receiver.port, timeout=2.0)])
             for _ in range(3):
                 answer = await told(courier, "mail")
-                assert answer.detail == f"127.0.0.1:{receiver.port} does not answer: given up after 1 s"
+                assert answer.detail == f"127.0.0.1:{receiver.port} does not answer: given up after 2 s"
             assert receiver.connections == 3
             tasks = Path(f"/proc/{courier.pid}/task")
             async with asyncio.timeout(10):

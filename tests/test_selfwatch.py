@@ -97,7 +97,7 @@ def fed(heard: list[str]) -> int:
     return sum("WATCHDOG=1" in each.splitlines() for each in heard)
 
 
-async def until(condition: Callable[[], object], deadline: float = 10.0) -> None:
+async def until(condition: Callable[[], object], deadline: float = 30.0) -> None:
     end = time.monotonic() + deadline
     while not condition():
         assert time.monotonic() < end
