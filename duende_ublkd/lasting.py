@@ -36,10 +36,11 @@ if TYPE_CHECKING:
 _READ_FOR = 10.0
 """Seconds until a silent disk is trouble, and that the first look waits for what a former daemon knew; a cold start takes a
 few of them."""
-_HOLDS = "holds"
-_JOURNAL = "journal"  # what the daemon is degraded by, as the following
+_HOLDS = "holds"  # what the daemon is degraded by, as the following
+_JOURNAL = "journal"
 _RUN_DIRECTORY = "run-directory"
-_DEVICE = "device/"
+_DEVICE = "device/"  # keys of the journal's state, as the following
+_HOLD = "hold/"
 _PACE = 1.0  # seconds between two changes of one user who is not root: each is an entry of a bounded journal
 
 
@@ -66,6 +67,7 @@ class Lasting:
         self._alerts = config.alerts
         self._late: asyncio.Task[None] | None = None
         self._is_run_directory_sick = False
+        self._holds_unwritten = False
         self._paces: dict[int, float] = {}  # uid -> its last change, of those who are not root
         self.store = Store(
             config.daemon.state_dir,
@@ -98,9 +100,13 @@ class Lasting:
         devices |= {f"{_DEVICE}{dev_id}": record for dev_id, record in records.items()}
         for key, value in devices.items():
             self._restore_device(reconciler, key, value)
-        reconciler.holds = self._restore_holds(saved.get(_HOLDS))
+        holds = {key: value for key, value in saved.items() if key.startswith(_HOLD)}
+        reconciler.holds = self._restore_holds(holds)
+        for key in holds.keys() - {f"{_HOLD}{hold.dev_id}" for hold in reconciler.holds.all()}:
+            self.store.save(key, None)
         for hold in reconciler.holds.all():
             reconciler.hold(hold)
+            self._save_hold(hold.dev_id)
 
     def _restore_alerts(self, saved: Mapping[str, Any]) -> None:
         """Where the disk is silent they are told again, until it is known what a former daemon has told of them."""
@@ -160,15 +166,14 @@ class Lasting:
         for dev_id in self._the_reconciler.ledger.forget_remembered():
             self._save(dev_id, None)
 
-    def _restore_holds(self, saved: Mapping[str, Any] | None) -> Holds:
+    def _restore_holds(self, saved: Mapping[str, Any]) -> Holds:
         """Rule 2. DuendeError: nobody can tell what is on hold, and so nobody may act."""
         now = time.monotonic()
         if holdfile.read(self._directory) is not None:
             return holdfile.load(self._directory, now)
-        if saved is None:
-            return Holds()
         try:
-            return Holds.from_record(saved, self._boot_id, now)
+            found = [Holds.from_record(record, self._boot_id, now) for record in saved.values()]
+            return Holds(hold for holds in found for hold in holds.all())
         except ValueError as error:
             raise DuendeError(
                 f"the holds in the journal are not understood: {error}", hint="look at: duende-ublkd events"
@@ -239,8 +244,11 @@ class Lasting:
         return released
 
     def on_hold_ended(self, hold: Hold, why: str) -> None:
-        """A hold ended by itself."""
-        self._note_hold(f"ublk{hold.dev_id} is on hold no more: {why}", hold, "over")
+        """A hold ended by itself, which a reader of the file sees, too: many that end together are written once."""
+        self._journal_hold(f"ublk{hold.dev_id} is on hold no more: {why}", hold, "over")
+        if not self._holds_unwritten:
+            self._holds_unwritten = True
+            asyncio.get_running_loop().call_soon(self._write_holds)
 
     def _check_right(self, dev_id: int, uid: int) -> int | None:
         """The instance that this user's hold is bound to; None: root's is bound to the id."""
@@ -263,12 +271,23 @@ class Lasting:
         return instance
 
     def _note_hold(self, text: str, hold: Hold, state: str) -> None:
+        self._journal_hold(text, hold, state)
+        self._write_holds()
+
+    def _journal_hold(self, text: str, hold: Hold, state: str) -> None:
         facts = {"state": state, "uid": hold.uid, "why": hold.why, "instance": hold.instance}
         self.journal.note(EventKind.HOLD, Level.INFO, text, hold.dev_id, **facts)
-        record = self._the_reconciler.holds.to_record(self._boot_id)
-        self.store.save(_HOLDS, record)
+        self._save_hold(hold.dev_id)
+
+    def _save_hold(self, dev_id: int) -> None:
+        hold = self._the_reconciler.holds.get(dev_id)
+        record = Holds([hold]).to_record(self._boot_id) if hold else None
+        self.store.save(f"{_HOLD}{dev_id}", record)
+
+    def _write_holds(self) -> None:
+        self._holds_unwritten = False
         try:
-            holdfile.write(self._directory, record)
+            holdfile.write(self._directory, self._the_reconciler.holds.to_record(self._boot_id))
         except OSError as error:
             why = f"the holds cannot be written to {self._directory}: {error.strerror}"
             self._note(Level.ERROR, f"{why}; they last as long as this daemon, or as the journal has them")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -16,6 +17,9 @@ import pytest
 
 from duende_ublkd.core.alertconfig import SinkConfig, SinkKind
 from duende_ublkd.core.config import Config, DaemonConfig
+from duende_ublkd.core.errors import DuendeError
+from duende_ublkd.core.holds import MOST_HOLDS, Holds
+from duende_ublkd.kernel import holdfile
 from duende_ublkd.kernel.children import Children, _process_named
 from duende_ublkd.lasting import Lasting
 from duende_ublkd.reconcile import Agenda, Reconciler
@@ -74,8 +78,8 @@ def _no_other_writer(_argv: Sequence[str], _stdin: int) -> None:
 @contextlib.asynccontextmanager
 async def a_daemon(place: Path) -> AsyncIterator[Daemon]:
     daemon = Daemon(place)
-    await daemon.lasting.restore(daemon.reconciler)
     try:
+        await daemon.lasting.restore(daemon.reconciler)
         yield daemon
     finally:
         daemon.children.close()
@@ -279,5 +283,69 @@ def test_a_run_directory_that_cannot_be_written_is_an_alert_until_it_can(place: 
             case = daemon.lasting.desk._book.open("daemon/run-directory")
             assert case
             assert case.gone_since is not None
+
+    run(story())
+
+
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many holds were written to the run directory, each time."""
+    counts: list[int] = []
+    really = holdfile.write
+
+    def write(directory: str, record: dict[str, Any]) -> None:
+        counts.append(len(record["holds"]))
+        really(directory, record)
+
+    monkeypatch.setattr(holdfile, "write", write)
+    return counts
+
+
+def test_as_many_holds_as_there_can_be_are_in_the_journal_and_end_together_with_one_write(
+    place: Path, writes: list[int]
+) -> None:
+    async def story() -> None:
+        async with a_daemon(place) as daemon:
+            for dev_id in range(MOST_HOLDS):
+                daemon.lasting.hold(dev_id, 600, "the kernel is upgraded", 0)
+            assert daemon.lasting.store.stats.trouble == ""
+        (place / "run" / holdfile.NAME).unlink()
+        async with a_daemon(place) as daemon:
+            assert len(daemon.lasting.holds) == MOST_HOLDS
+            writes.clear()
+            for hold in daemon.reconciler.holds.expire(math.inf):
+                daemon.lasting.on_hold_ended(hold, "its time is over")
+            await until(lambda: writes)
+            assert writes == [0]
+        (place / "run" / holdfile.NAME).unlink()
+        async with a_daemon(place) as daemon:
+            assert daemon.reconciler.holds.all() == ()
+
+    run(story())
+
+
+def test_the_run_directory_knows_best_what_is_on_hold(place: Path) -> None:
+    async def story() -> None:
+        async with a_daemon(place) as daemon:
+            daemon.lasting.hold(DEV_ID, 600, "", 0)
+            daemon.lasting.hold(4, 600, "", 0)
+            alone = Holds([hold for hold in daemon.lasting.holds if hold.dev_id == DEV_ID])
+        holdfile.write(str(place / "run"), alone.to_record(holdfile.boot_id()))
+        async with a_daemon(place) as daemon:
+            assert [hold.dev_id for hold in daemon.lasting.holds] == [DEV_ID]
+        (place / "run" / holdfile.NAME).unlink()
+        async with a_daemon(place) as daemon:
+            assert [hold.dev_id for hold in daemon.lasting.holds] == [DEV_ID]
+
+    run(story())
+
+
+def test_a_hold_of_the_journal_that_is_not_understood_keeps_every_hand_still(place: Path) -> None:
+    async def story() -> None:
+        async with a_daemon(place) as daemon:
+            daemon.lasting.store.save("hold/3", {"boot_id": holdfile.boot_id(), "holds": [{"dev_id": "three"}]})
+        with pytest.raises(DuendeError, match="the holds in the journal are not understood"):
+            async with a_daemon(place):
+                pass
 
     run(story())

@@ -12,7 +12,7 @@ Rules:
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from duende_ublkd.core.errors import UsageError
@@ -106,7 +106,7 @@ class Holds:
 
     def to_record(self, boot_id: str) -> dict[str, Any]:
         """JSON values that `from_record` understands."""
-        return {"boot_id": boot_id, "holds": [asdict(hold) for hold in self.all()]}
+        return {"boot_id": boot_id, "holds": [_to_record(hold) for hold in self.all()]}
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], boot_id: str, now: float) -> Holds:
@@ -137,9 +137,13 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
+def _to_record(hold: Hold) -> dict[str, Any]:
+    return {name: getattr(hold, name) for name in _KINDS}
+
+
 def _checked(entry: Mapping[str, Any]) -> dict[str, Any]:
     values = dict(entry)
-    if missing := {each.name for each in fields(Hold)} - values.keys():
+    if missing := _KINDS.keys() - values.keys():
         raise TypeError(f"{min(missing)} is missing")
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, _KINDS[name]):

@@ -27,6 +27,7 @@ if [ "$want" = lab ]; then
     need dmsetup command -v dmsetup
     need util-linux command -v setpriv
     need openssl command -v openssl
+    need curl command -v curl
     # A container has none; the guest starts the daemon's unit with it.
     need systemd command -v systemctl
 fi
