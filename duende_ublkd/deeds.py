@@ -442,6 +442,7 @@ class Deeds:
         now = self._ledger.get(seen.dev_id)
         if now and now.identity == seen.identity and now.trail.is_running:
             self._ledger.note_trail(seen.dev_id, replace(now.trail, limit=limit))
+            self._ledger.keep(seen.dev_id)  # the next daemon waits for it as long as the command's supervisor does
 
     async def _watch(
         self, seen: Observation, command: Command, ending: asyncio.Future[Ended], until: float, rule: Recovery

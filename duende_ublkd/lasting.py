@@ -4,13 +4,15 @@ Rules:
 1. Nothing here is waited for. The journal is written by a child; what it cannot write waits in memory, bounded.
 2. Holds and records are in two places: in the run directory, which no disk can keep from being read, and in the journal.
    The first wins. So a daemon that is restarted while the journal's disk hangs still keeps its hands off what is on hold,
-   and runs no recovery command beside one that runs.
+   and runs no recovery command beside one that runs. What cannot be written there is taken away, so that what is old
+   does not win.
 3. Records of devices are of one boot: identities and times mean nothing in another.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import time
 from typing import TYPE_CHECKING, Any
@@ -41,6 +43,7 @@ _JOURNAL = "journal"
 _RUN_DIRECTORY = "run-directory"
 _DEVICE = "device/"  # keys of the journal's state, as the following
 _HOLD = "hold/"
+_AGAIN = 5.0  # seconds until what the run directory did not take is tried again
 _PACE = 1.0  # seconds between two changes of one user who is not root: each is an entry of a bounded journal
 
 
@@ -68,6 +71,7 @@ class Lasting:
         self._late: asyncio.Task[None] | None = None
         self._is_run_directory_sick = False
         self._holds_unwritten = False
+        self._holds_again: asyncio.TimerHandle | None = None  # after trouble
         self._paces: dict[int, float] = {}  # uid -> its last change, of those who are not root
         self.store = Store(
             config.daemon.state_dir,
@@ -107,6 +111,8 @@ class Lasting:
         for hold in reconciler.holds.all():
             reconciler.hold(hold)
             self._save_hold(hold.dev_id)
+        if reconciler.holds.all() or self._holds_unwritten:
+            self._write_holds()  # they may be the journal's
 
     def _restore_alerts(self, saved: Mapping[str, Any]) -> None:
         """Where the disk is silent they are told again, until it is known what a former daemon has told of them."""
@@ -128,8 +134,9 @@ class Lasting:
     async def close(self, deadline: float) -> None:
         """Nobody is told of anything any more; what is not written yet has so many seconds."""
         self.desk.close()
-        if self._late:
-            self._late.cancel()
+        for each in (self._late, self._holds_again):
+            if each:
+                each.cancel()
         await self.store.close(deadline)
 
     def _restore_device(self, reconciler: Reconciler, key: str, value: Any) -> None:  # noqa: ANN401 - JSON
@@ -169,8 +176,13 @@ class Lasting:
     def _restore_holds(self, saved: Mapping[str, Any]) -> Holds:
         """Rule 2. DuendeError: nobody can tell what is on hold, and so nobody may act."""
         now = time.monotonic()
-        if holdfile.read(self._directory) is not None:
-            return holdfile.load(self._directory, now)
+        try:
+            if holdfile.read(self._directory) is not None:
+                return holdfile.load(self._directory, now)
+        except holdfile.UnwrittenError:
+            if self.store.stats.trouble:
+                raise
+            self._holds_unwritten = True
         try:
             found = [Holds.from_record(record, self._boot_id, now) for record in saved.values()]
             return Holds(hold for holds in found for hold in holds.all())
@@ -218,7 +230,7 @@ class Lasting:
             raise UsageError(
                 f"{seconds:g} s is not between 0 and {longest}", hint=f"duende-ublkd hold {dev_id} --for 1h"
             )
-        instance = self._check_right(dev_id, uid)
+        instance = self._check_right("hold", dev_id, uid)
         now = time.monotonic()
         hold = Hold(dev_id, now, now + seconds, uid, printable(why, MOST_TEXT), instance)
         self._the_reconciler.hold(hold)
@@ -229,7 +241,7 @@ class Lasting:
 
     def release(self, dev_id: int, uid: int) -> Released:
         """End a hold, and begin anew with what was given up. NotAllowedError: not by this user."""
-        self._check_right(dev_id, uid)
+        self._check_right("release", dev_id, uid)
         released = self._the_reconciler.release(dev_id)
         if released.hold:
             self._note_hold(f"ublk{dev_id} released by {_who(uid)}", released.hold, "released")
@@ -250,14 +262,14 @@ class Lasting:
             self._holds_unwritten = True
             asyncio.get_running_loop().call_soon(self._write_holds)
 
-    def _check_right(self, dev_id: int, uid: int) -> int | None:
+    def _check_right(self, deed: str, dev_id: int, uid: int) -> int | None:
         """The instance that this user's hold is bound to; None: root's is bound to the id."""
         device = self._the_reconciler.devices.get(dev_id)
         info = device.seen.info if device else None
         if not may_change(uid, self._the_reconciler.holds.get(dev_id), info.owner_uid if info else None):
             raise NotAllowedError(
                 f"user {uid} may not change ublk{dev_id}: it is not this user's own, or root has set the hold",
-                hint=f"sudo duende-ublkd hold {dev_id}",
+                hint=f"sudo duende-ublkd {deed} {dev_id}",
             )
         if uid == 0:
             return None
@@ -266,7 +278,7 @@ class Lasting:
             raise NotAllowedError(f"ublk{dev_id} is deleted: it is nobody's own", hint="duende-ublkd list")
         now = time.monotonic()
         if now - self._paces.get(uid, -_PACE) < _PACE:
-            raise NotAllowedError("one change in a second is enough", hint=f"sleep 1; duende-ublkd hold {dev_id}")
+            raise NotAllowedError("one change in a second is enough", hint=f"sleep 1; duende-ublkd {deed} {dev_id}")
         self._paces[uid] = now
         return instance
 
@@ -286,13 +298,20 @@ class Lasting:
 
     def _write_holds(self) -> None:
         self._holds_unwritten = False
+        if self._holds_again:
+            self._holds_again.cancel()
         try:
             holdfile.write(self._directory, self._the_reconciler.holds.to_record(self._boot_id))
         except OSError as error:
             why = f"the holds cannot be written to {self._directory}: {error.strerror}"
-            self._note(Level.ERROR, f"{why}; they last as long as this daemon, or as the journal has them")
+            if not self._holds_again:
+                self._note(Level.ERROR, f"{why}; they last as long as this daemon, or as the journal has them")
+                with contextlib.suppress(OSError):  # there is none, or it cannot be changed either
+                    holdfile.empty(self._directory)
             self.desk.degraded(_HOLDS, why)
+            self._holds_again = asyncio.get_running_loop().call_later(_AGAIN, self._write_holds)
         else:
+            self._holds_again = None
             self.desk.degraded(_HOLDS, None)
 
     def _save_device(self, dev_id: int) -> None:
@@ -307,6 +326,8 @@ class Lasting:
             why = f"nothing can be kept in {self._directory}: {error.strerror}"
             if not self._is_run_directory_sick:
                 self._note(Level.ERROR, why)
+            with contextlib.suppress(OSError):  # there is none, or it cannot be removed either
+                runfile.save_record(self._directory, dev_id, None)
             self._is_run_directory_sick = True
             self.desk.degraded(_RUN_DIRECTORY, why)
         else:

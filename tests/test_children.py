@@ -414,6 +414,21 @@ def test_a_command_that_ignores_sigterm_is_killed(marker: str) -> None:
     with_children(body)
 
 
+def test_a_command_that_was_taken_while_the_loop_stalled_has_its_time_to_be_executed(
+    marker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(children, "STARTED_IN", 1.0)
+
+    async def body(subject: Children) -> None:
+        await spares_of(subject)
+        command = subject.run(an_order("sleep", marker))
+        time.sleep(2)
+        await command.started()
+        assert await command.end() == ""
+
+    with_children(body)
+
+
 def test_a_command_that_obeys_sigterm_ends_at_once(marker: str) -> None:
     async def body(subject: Children) -> None:
         command = subject.run(an_order("sleep", marker))
@@ -968,6 +983,23 @@ def test_a_spare_that_has_become_a_child_is_replaced() -> None:
             assert await each.end() == ""
 
     with_children(body)
+
+
+def test_a_spare_that_cannot_be_watched_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    orders, ours = socket.socketpair()
+    with orders, ours:
+        subject = nursery.Nursery(orders, 1, lock=False)
+        listing = Path(f"/proc/self/task/{os.getpid()}/children")
+        before = listing.read_text()
+        monkeypatch.setattr(os, "pidfd_open", fail)
+        for _ in range(2):
+            with pytest.raises(OSError, match="Too many"):
+                subject._fork()
+        assert subject._spares == set()
+        assert listing.read_text() == before
 
 
 def test_a_spare_that_dies_is_replaced() -> None:

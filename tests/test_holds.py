@@ -216,7 +216,7 @@ def refused(directory: Path) -> str:
 @pytest.mark.parametrize(
     ("data", "sentence"),
     [
-        (b"", "is not JSON"),
+        (b"", "is empty: it could not be written"),
         (b"{", "is not JSON"),
         (b"\xff", "is not JSON"),
         (b"[" * 100_000, "is not JSON"),

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from duende_ublkd import lasting
 from duende_ublkd.core.alertconfig import SinkConfig, SinkKind
 from duende_ublkd.core.config import Config, DaemonConfig
 from duende_ublkd.core.errors import DuendeError
-from duende_ublkd.core.holds import MOST_HOLDS, Holds
+from duende_ublkd.core.holds import MOST_HOLDS, Holds, NotAllowedError
 from duende_ublkd.kernel import holdfile
 from duende_ublkd.kernel.children import Children, _process_named
 from duende_ublkd.lasting import Lasting
@@ -347,5 +348,76 @@ def test_a_hold_of_the_journal_that_is_not_understood_keeps_every_hand_still(pla
         with pytest.raises(DuendeError, match="the holds in the journal are not understood"):
             async with a_daemon(place):
                 pass
+
+    run(story())
+
+
+def test_a_run_directory_that_is_full_takes_nothing_old_for_true(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    obstacles = [place / "run" / ".holds.json", place / "run" / "devices" / f".{DEV_ID}.json"]
+
+    def on_hold() -> list[int]:
+        return [hold.dev_id for hold in holdfile.load(str(place / "run"), 0.0).all()]
+
+    async def story() -> None:
+        async with a_daemon(place) as daemon:
+            daemon.lasting.hold(4, 600, "", 0)
+            daemon.ledger.record(live(10))
+            daemon.look()
+            daemon.ledger.note_hand(DEV_ID, None)
+            for each in obstacles:
+                each.mkdir()
+            daemon.lasting.hold(5, 600, "", 0)
+            daemon.ledger.note_trail(DEV_ID, TRIED)
+            daemon.ledger.keep(DEV_ID)
+            with pytest.raises(DuendeError, match="is empty: it could not be written"):
+                on_hold()
+        for each in obstacles:
+            each.rmdir()
+        async with a_daemon(place) as daemon:
+            assert [hold.dev_id for hold in daemon.lasting.holds] == on_hold() == [4, 5]
+            assert daemon.look().trail.attempts == TRIED.attempts
+            monkeypatch.setattr(lasting, "_AGAIN", 0.05)
+            obstacles[0].mkdir()
+            daemon.lasting.release(5, 0)
+            obstacles[0].rmdir()
+            await until((place / "run" / holdfile.NAME).read_text)
+            assert on_hold() == [4]
+
+    run(story())
+
+
+def test_where_neither_the_run_directory_nor_the_journal_knows_the_holds_no_daemon_starts(place: Path) -> None:
+    (place / "run" / holdfile.NAME).touch(mode=0o644)
+    (place / "state").mkdir()
+    (place / "state").chmod(0o777)
+
+    async def story() -> None:
+        with pytest.raises(DuendeError, match="is empty: it could not be written"):
+            async with a_daemon(place):
+                pass
+
+    run(story())
+
+
+def test_holds_that_only_the_journal_has_are_written_to_the_run_directory(place: Path) -> None:
+    async def story() -> None:
+        async with a_daemon(place) as daemon:
+            daemon.lasting.hold(DEV_ID, 600, "", 0)
+        (place / "run" / holdfile.NAME).unlink()
+        async with a_daemon(place):
+            assert len(holdfile.load(str(place / "run"), 0.0)) == 1
+
+    run(story())
+
+
+def test_who_may_not_release_is_told_how_to_and_not_how_to_hold(place: Path) -> None:
+    async def story() -> None:
+        async with a_daemon(place) as daemon:
+            with pytest.raises(NotAllowedError) as told:
+                daemon.lasting.release(DEV_ID, 65534)
+            assert told.value.hint == f"sudo duende-ublkd release {DEV_ID}"
+            with pytest.raises(NotAllowedError) as told:
+                daemon.lasting.hold(DEV_ID, 60, "", 65534)
+            assert told.value.hint == f"sudo duende-ublkd hold {DEV_ID}"
 
     run(story())

@@ -1050,10 +1050,14 @@ def test_the_limit_that_the_next_daemon_waits_for_counts_from_the_start_too() ->
     async def test(bench: Bench) -> None:
         bench.kernel.child_takes = 5.0
         bench.kernel.on_command = FakeCommand.hang
+        ledger = bench.reconciler.ledger
+        kept: list[Any] = []
+        ledger.keep = lambda dev_id: kept.append(ledger.to_record(dev_id))
         device = await bench.an_unserved_device()
         command = await until_a_command_runs(bench)
         await bench.wait(1)
         assert bench.reconciler.devices[device.dev_id].trail.limit == pytest.approx(command.at + 30, abs=0.01)
+        assert kept[-1]["trail"]["limit"] == pytest.approx(command.at + 30, abs=0.01)
 
     on_the_bench(test, SOON)
 

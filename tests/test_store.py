@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import resource
 import shutil
@@ -203,6 +204,16 @@ def test_a_read_gives_the_newest_that_match_oldest_first_written_or_not(place: P
     run(scenario())
 
 
+def saved(place: Path) -> dict[str, Any]:
+    async def read() -> dict[str, Any]:
+        store = a_store(place)
+        state = await store.open(60)
+        await store.close(60)
+        return state
+
+    return run(read())
+
+
 def test_state_survives_and_its_latest_value_wins(place: Path) -> None:
     async def write() -> None:
         async with opened(place) as store:
@@ -213,14 +224,8 @@ def test_state_survives_and_its_latest_value_wins(place: Path) -> None:
                 store.save("ages", {"3": number})
             store.save("gone", None)
 
-    async def read() -> dict[str, Any]:
-        store = a_store(place)
-        state = await store.open()
-        await store.close()
-        return state
-
     run(write())
-    assert run(read()) == {"holds": {"boot_id": "x", "holds": [{"dev_id": 3}]}, "ages": {"3": 999}}
+    assert saved(place) == {"holds": {"boot_id": "x", "holds": [{"dev_id": 3}]}, "ages": {"3": 999}}
 
 
 def test_much_state_comes_back_though_it_fits_no_single_message(place: Path) -> None:
@@ -872,6 +877,101 @@ def test_a_writer_that_cannot_be_spawned_is_told_and_tried_again(place: Path) ->
             await until(lambda: heard.recovered)
             assert await another_writer(store, than=pid)
         children.close()
+
+    run(scenario())
+
+
+def test_a_writer_that_ends_before_it_has_told_of_a_new_file_loses_no_state(place: Path) -> None:
+    async def scenario() -> None:
+        async with opened(place) as store:
+            store.save("ages", {"3": 1})
+            await written(store)
+            pid = stop(store)
+            with contextlib.closing(sqlite3.connect(place / "journal.sqlite")) as file, file:
+                file.execute("DELETE FROM state")  # as a new file, of which nobody has been told, has none
+            os.kill(pid, signal.SIGKILL)
+            assert await another_writer(store, than=pid)
+            await written(store)
+
+    run(scenario())
+    assert saved(place) == {"ages": {"3": 1}}
+
+
+def test_a_directory_that_is_refused_is_not_waited_for(place: Path) -> None:
+    place.mkdir()
+    place.chmod(0o777)
+
+    async def scenario() -> None:
+        store = a_store(place)
+        began = time.monotonic()
+        assert await store.open(60) == {}
+        assert time.monotonic() - began < 30
+        assert "chmod go-w" in store.stats.trouble
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.3):
+                await store.open(math.inf)
+        place.chmod(0o700)
+        assert await store.open(math.inf) == {}
+        await store.close(20)
+
+    run(scenario())
+
+
+def test_what_was_too_large_is_no_trouble_any_more_when_it_is_no_longer_wanted(place: Path) -> None:
+    heard = Heard()
+
+    async def scenario() -> None:
+        async with opened(place, heard) as store:
+            store.save("alerts", "x" * 100_000)
+            assert "too large" in store.stats.trouble
+            store.save("alerts", None)
+            assert store.stats.trouble == ""
+            assert heard.recovered == [0]
+
+    run(scenario())
+
+
+def test_an_answer_that_came_while_the_loop_stalled_is_an_answer(place: Path) -> None:
+    async def scenario() -> None:
+        async with opened(place) as store:
+            store.append(an_event("kept"))
+            await written(store)
+            reading = asyncio.ensure_future(store.read(deadline=0.2))
+            await asyncio.sleep(0)
+            time.sleep(0.6)
+            records, note = await reading
+            assert texts(records) == ["kept"]
+            assert note == ""
+
+    run(scenario())
+
+
+@pytest.fixture
+def many_descriptors() -> Iterator[None]:
+    """As with a thousand devices: the next descriptor is above what select() takes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip("at most so many descriptors here: ulimit -Hn 2048")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (2048, hard))
+    with contextlib.ExitStack() as stack:
+        for _ in range(1100):
+            stack.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_descriptors")
+def test_a_writer_whose_descriptors_are_high_numbers_is_replaced_as_any_other(place: Path) -> None:
+    async def scenario() -> None:
+        with a_nursery() as children:
+            async with opened(place, spawn=children.spawn) as store:
+                for _ in range(2):
+                    pid = store.writer_pid
+                    assert pid
+                    os.kill(pid, signal.SIGKILL)
+                    assert await another_writer(store, than=pid)
+                store.append(an_event("kept"))
+                await written(store)
 
     run(scenario())
 

@@ -308,6 +308,8 @@ class Command:
             self._failure = _on_hold(self.dev_id)
             self.close()
             return
+        self._stop_timer()
+        self._timer = self._loop.call_later(self._patience, self._give_up)
         self.talk.say(do="go")
         for each in self._unsaid or ():
             self.talk.say(**each)

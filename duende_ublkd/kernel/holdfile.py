@@ -2,7 +2,8 @@
 
 A daemon that starts again reads it, and so do the commands that work without one. It is written by the daemon alone, and
 believed only when nobody but root, or the user who reads it, can have written it. No file means no holds; a file that is
-not understood means that nobody knows what is on hold, which is an error: the reader then holds back.
+not understood means that nobody knows what is on hold, which is an error: the reader then holds back. So does an empty
+one, in the place of a file that is no longer true and cannot be replaced: what is on hold, the journal knows.
 """
 
 from __future__ import annotations
@@ -21,6 +22,10 @@ from duende_ublkd.kernel import ownership, runfile
 NAME = "holds.json"
 MOST_BYTES = 1 << 20  # core.holds.MOST_HOLDS of the longest fit
 _BOOT_ID = "/proc/sys/kernel/random/boot_id"
+
+
+class UnwrittenError(DuendeError):
+    """The file is empty: a daemon could not write it."""
 
 
 def boot_id() -> str:
@@ -68,6 +73,8 @@ def read(directory: str) -> dict[str, Any] | None:
         _refuse(path, f"cannot be read: {error.strerror}", error)
     finally:
         os.close(fd)
+    if not data:
+        _refuse(path, "is empty: it could not be written", error=UnwrittenError)
     if len(data) > MOST_BYTES:
         _refuse(path, f"is longer than {MOST_BYTES} bytes")
     try:
@@ -88,6 +95,12 @@ def write(directory: str, record: dict[str, Any]) -> None:
     runfile.replace(directory, NAME, data)
 
 
+def empty(directory: str) -> None:
+    """What `write` could not replace is not true any more. OSError."""
+    with runfile.opened(directory) as there:
+        os.close(os.open(NAME, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=there))
+
+
 def _check_author(path: str, status: os.stat_result) -> None:
     if not stat.S_ISREG(status.st_mode):
         _refuse(path, "is not a regular file")
@@ -99,9 +112,11 @@ def _check_author(path: str, status: os.stat_result) -> None:
         _refuse(path, "has another name somewhere")
 
 
-def _refuse(path: str, what: str, cause: BaseException | None = None, hint: str = "") -> NoReturn:
+def _refuse(
+    path: str, what: str, cause: BaseException | None = None, hint: str = "", error: type[DuendeError] = DuendeError
+) -> NoReturn:
     file = printable(path)
-    raise DuendeError(
+    raise error(
         f"{file} {what}, so nobody knows which devices are on hold",
         hint=hint or f"ls -l {file}; to go on with the holds that the journal has: rm {file}",
     ) from cause

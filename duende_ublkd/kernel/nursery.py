@@ -192,8 +192,13 @@ class Nursery:
         pid = os.fork()
         if pid == 0:
             _be_spare(self._orders, self._take, self._lock)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)  # nobody would hear of its end
+            os.waitpid(pid, 0)
+            raise
         self._spares.add(pid)
-        pidfd = os.pidfd_open(pid)
         self._pidfds[pidfd] = pid
         return pidfd
 
@@ -211,7 +216,9 @@ class Nursery:
         until = time.monotonic() + _BREATH
         for pidfd, pid in self._pidfds.items():
             wait = max(0.0, until - time.monotonic()) if pid in self._spares else 0.0
-            if select.select([pidfd], [], [], wait)[0]:
+            poll = select.poll()  # select() takes no descriptor above 1023
+            poll.register(pidfd, select.POLLIN)
+            if poll.poll(wait * 1000):
                 os.waitpid(pid, 0)
 
 

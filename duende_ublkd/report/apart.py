@@ -216,7 +216,11 @@ class _Process:
         """Whether nothing of it runs any more; asked when its socket is closed, which is all that an unknown one has."""
         if self.popen:
             return self.popen.poll() is not None
-        return self._pidfd < 0 or bool(select.select([self._pidfd], [], [], 0)[0])
+        if self._pidfd < 0:
+            return True
+        poll = select.poll()  # select() takes no descriptor above 1023
+        poll.register(self._pidfd, select.POLLIN)
+        return bool(poll.poll(0))
 
     @property
     def how_it_ended(self) -> str:

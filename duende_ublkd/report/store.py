@@ -21,6 +21,7 @@ import json
 import math
 import sys
 import time
+from asyncio import FIRST_COMPLETED
 from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,7 +41,7 @@ MOST_WAITING_BYTES = 4 << 20
 MOST_TEXT = 4096  # bytes of UTF-8
 MOST_FACTS = 4096  # bytes of JSON
 MOST_READ = 1000  # records of one read
-MOST_STATE = 4 << 20  # bytes of all keys and values: a thousand devices are 800 KB, and alerts have half of it
+MOST_STATE = 8 << 20  # bytes of all keys and values: a thousand devices are 800 KB, their holds 1.7 MB, alerts 2 MiB
 MOST_VALUE = 48 << 10
 MOST_UNSAVED = 5000  # keys
 
@@ -147,6 +148,8 @@ class Store:
         self._unsaved: dict[str, str | None] = {}
         self._refused: dict[str, str] = {}
         self._state_read: asyncio.Future[None] = self._loop.create_future()
+        self._refusal: asyncio.Future[None] = self._loop.create_future()  # the first: people have to do something
+        self._has_been_open = False
         self._written = 0
         self._dropped = 0
         self._lost = 0  # dropped since the last time that all was well
@@ -180,12 +183,14 @@ class Store:
     # --- the life of it ---------------------------------------------------------------------------------------------
 
     async def open(self, deadline: float = 3.0) -> dict[str, Any]:
-        """Start the writer; the saved state, or {} with `stats.trouble` set when it cannot be read by the deadline."""
+        """Start the writer; the saved state, or {} with `stats.trouble` set when it cannot be read by the deadline.
+
+        A directory or file that is refused is not waited for, unless the deadline is infinite.
+        """
         self._opened = True
         self._pump()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(deadline):
-                await asyncio.shield(self._state_read)
+        wanted = [self._state_read] if deadline == math.inf else [self._state_read, self._refusal]
+        await asyncio.wait(wanted, timeout=None if deadline == math.inf else deadline, return_when=FIRST_COMPLETED)
         if self._state_read.done():
             return self._decoded_state()
         if not self._trouble:
@@ -275,6 +280,7 @@ class Store:
             self._accept(key)
             return
         if encoded is None and before is None and self._state_read.done():
+            self._accept(key)
             return
         size = size_in_batch(key, encoded)
         total = self._state_bytes - size_in_batch(key, before) + size
@@ -379,7 +385,9 @@ class Store:
             async with asyncio.timeout(deadline):
                 trouble = await asyncio.shield(asked.answer)
         except TimeoutError:
-            return [], NO_ANSWER  # it stays among the unanswered ones: they are counted
+            if not asked.answer.done():  # after a stall, it may have come in the same turn
+                return [], NO_ANSWER  # it stays among the unanswered ones: they are counted
+            trouble = asked.answer.result()
         return ([], trouble) if trouble else (asked.rows, "")
 
     # --- the writer -------------------------------------------------------------------------------------------------
@@ -467,11 +475,13 @@ class Store:
         self._end_flight()
         if "last_seq" in answer:
             self._take_state(flight.rows, answer["last_seq"])  # it may be there though nothing can be written
+        if answer.get("refused") and not self._refusal.done():
+            self._refusal.set_result(None)
         if error := answer.get("error"):
             self._fail(error)
             return
         if flight.opens:
-            self._is_open = True
+            self._is_open = self._has_been_open = True
         else:
             self._forget_written(flight)
         self._take_notes(answer)
@@ -482,7 +492,12 @@ class Store:
         self._pump()
 
     def _take_state(self, rows: Iterable[list[Any]], last_seq: int) -> None:
-        """What is saved since is newer than what is read."""
+        """What is saved since is newer than what is read; once the file was open, so is everything that is in memory."""
+        if self._has_been_open:
+            found = dict(rows)
+            lacking = {key: value for key, value in self._state.items() if found.get(key) != value}
+            self._unsaved = {**lacking, **self._unsaved}
+            rows = ()
         for key, value in rows:
             more = size_in_batch(key, value) - size_in_batch(key, self._state.get(key))
             if key not in self._unsaved and self._state_bytes + more <= MOST_STATE:
@@ -503,7 +518,7 @@ class Store:
                 del self._unsaved[key]
 
     def _take_notes(self, answer: dict[str, Any]) -> None:
-        """What happened to the file is trouble that is over already. A new file gets the state that we have."""
+        """What happened to the file is trouble that is over already. One that is new while it is in use gets the state."""
         if answer.get("new"):
             self._unsaved = {**self._state, **self._unsaved}
         if notes := answer.get("notes"):

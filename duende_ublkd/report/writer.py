@@ -432,7 +432,7 @@ def answers(database: Database, request: dict[str, Any]) -> Iterator[dict[str, A
         sentence = database.describe(error)
         if _code(error) not in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_INTERRUPT):
             _close_after_trouble(database)
-        last = {"error": sentence}
+        last = {"error": sentence, "refused": isinstance(error, RefusedError)}
         rows = []
         if (
             request["do"] == "open"
