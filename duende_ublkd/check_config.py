@@ -68,8 +68,11 @@ def run(options: argparse.Namespace, default_path: str, devices: Sequence[tuple[
     `default_path`: where it is when none is named; that need not be there. Raises ConfigError for a file that is wrong;
     with --json, after its mistakes were printed.
     """
-    named = options.file or options.config
-    path = named or default_path
+    if options.file is not None and options.config not in (None, options.file):
+        what = f"two files are named: {printable(options.config)} and {printable(options.file)}"
+        raise UsageError(what, hint="duende-ublkd check-config FILE")
+    named = options.config if options.file is None else options.file
+    path = default_path if named is None else named
     is_there = named is not None or os.access(path, os.F_OK)
     try:
         config = read_config(path if is_there else None, with_web=True)

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import json
 import os
 import re
 import shutil
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from duende_ublkd import __version__, check_config, planned, trial
 from duende_ublkd.core.config import MAX_DEV_ID, Config
 from duende_ublkd.core.errors import DuendeError, ExitCode, UsageError
 from duende_ublkd.core.model import Outcome
+from duende_ublkd.core.text import printable
+from duende_ublkd.core.values import did_you_mean
 from duende_ublkd.kernel.control import open_control_device
 from duende_ublkd.kernel.memory import keep_threads_small, reclaim_without_io, spare_from_oom
 from duende_ublkd.once import ask_daemon, is_left, settle
@@ -30,6 +33,8 @@ from duende_ublkd.report.journal import set_up_logging
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from _typeshed import ReadableBuffer
 
     from duende_ublkd.core.model import Deed, Judged, PassReport
 
@@ -48,14 +53,54 @@ class LogHangsError(Exception):
 class _Parser(argparse.ArgumentParser):
     """argparse, with our kind of errors."""
 
+    def __init__(self, *arguments: Any, **named: Any) -> None:  # noqa: ANN401 - argparse's own
+        super().__init__(*arguments, **{**named, "allow_abbrev": False})  # --n is no --now
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"{self.prog} --help")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:  # noqa: ANN401 - argparse's own
+        if action.choices is not None and value not in action.choices:
+            what = f"{printable(str(value), 80)!r} is no {action.metavar or 'choice'}"
+            raise UsageError(what.lower(), hint=did_you_mean(str(value), [*action.choices]))
 
-def run(arguments: Sequence[str]) -> ExitCode:
-    """Carry out one command line; raises DuendeError."""
-    options = _parser().parse_args(arguments)
+
+class Output(io.FileIO):
+    """Standard output's descriptor. What cannot be written is given up, and remembered: no deed ends for it.
+
+    `is_endless`: a command that goes on until it is stopped ends with its output; the OSError is raised, once.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(descriptor, "w", closefd=False)
+        self.failure: OSError | None = None
+        self.is_endless = False
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        """As if it were written, once it failed."""
+        size = memoryview(data).nbytes
+        if self.failure is not None:
+            return size
+        try:
+            return super().write(data)
+        except BlockingIOError:
+            raise
+        except OSError as error:
+            self.failure = error
+            if self.is_endless:
+                raise
+            return size
+
+
+def run(arguments: Sequence[str], output: Output | None = None) -> ExitCode:
+    """Carry out one command line; raises DuendeError. `output`: where it prints to."""
+    options, unknown = _parser().parse_known_args(arguments)
     command = options.command
+    if unknown:
+        of_command = "" if unknown[0] == arguments[0] else f"{command} "
+        raise UsageError(f"unrecognized arguments: {' '.join(unknown)}", hint=f"duende-ublkd {of_command}--help")
+    if output:
+        output.is_endless = command == "events"
     if by_itself := _BY_THEMSELVES.get(command):
         return by_itself(options)
     if command in planned.COMMANDS:

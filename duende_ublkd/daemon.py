@@ -410,7 +410,7 @@ class Daemon:
             self._parts.take(config)
             self._lasting.take(config)
         except DuendeError as error:
-            why = f"{error}; {error.hint}"
+            why = "; ".join([*str(error).splitlines(), error.hint])
             self._note(Level.ERROR, f"the old configuration stays: {why}")
         else:
             why = ""

@@ -73,6 +73,7 @@ async def examine(config_path: str | None, roots: Roots | None = None, *, patien
     """Find out everything, and judge it. `roots`: where a test has its machine. `patience`: seconds for each reading."""
     roots = roots or Roots()
     config, findings = await _read_configuration(config_path)
+    is_configured = worst(findings) < Severity.CRITICAL  # else these are the defaults, which nobody has asked for
     machine = await _in_a_thread(lambda: survey(roots, run_directory(), config.daemon.state_dir), patience)
     driver = await _ask_driver(config, roots)
     daemon = await _in_a_thread(ask, ANSWER_FOR) or DaemonAnswer(
@@ -82,12 +83,17 @@ async def examine(config_path: str | None, roots: Roots | None = None, *, patien
         findings += [checkup.survey_is_stuck(patience), checkup.control_device(None, driver)]
     else:
         findings += _judge(machine, driver, daemon, config)
+        findings += checkup.config_findings(machine, config) if is_configured else ()
     findings += checkup.device_findings(driver.devices)
+    if is_configured:
+        findings.append(await _look_for_programs(config, patience))
+    return findings
+
+
+async def _look_for_programs(config: Config, patience: float) -> Finding:
     programs = sorted({policy.recover.command[0] for policy in config.policies() if policy.recover} - {"{server}"})
     missing = await _in_a_thread(lambda: [each for each in programs if find_program(each) is None], patience)
-    are_stuck = missing is None
-    findings.append(checkup.programs_are_stuck(patience) if are_stuck else checkup.of_programs(programs, missing or ()))
-    return findings
+    return checkup.programs_are_stuck(patience) if missing is None else checkup.of_programs(programs, missing)
 
 
 def _judge(machine: Machine, driver: DriverAnswer, daemon: DaemonAnswer, config: Config) -> list[Finding]:
@@ -102,7 +108,6 @@ def _judge(machine: Machine, driver: DriverAnswer, daemon: DaemonAnswer, config:
         *checkup.memory_findings(machine, config),
         *checkup.limit_findings(machine, len(driver.devices)),
         *checkup.surrounding_findings(machine),
-        *checkup.config_findings(machine, config),
     ]
 
 
@@ -214,12 +219,12 @@ async def _in_a_thread(work: Callable[[], _T], seconds: float) -> _T | None:
 
 async def _read_configuration(path: str | None) -> tuple[Config, list[Finding]]:
     """The configuration, or the defaults where it cannot be used, and what is to be said of it."""
-    where = printable(path or DEFAULT_PATH)
+    where = printable(DEFAULT_PATH if path is None else path)
     try:
         config = await _in_a_thread(lambda: read_config(path, with_web=True), READ_FOR)
     except ConfigError as error:
         problems = error.problems if isinstance(error, InvalidConfigError) else ()
-        text = "; ".join(f"{problem} ({problem.hint})" for problem in problems) or str(error)
+        text = "; ".join(f"{problem} ({problem.hint})" for problem in problems) if len(problems) > 1 else str(error)
         facts = {"file": where, "problems": [str(problem) for problem in problems] or [str(error)]}
         found = Finding(
             "configuration",

@@ -46,9 +46,15 @@ def read_config(path: str | None, *, with_web: bool = False, dry_run: bool = Fal
     Refused, as a ConfigError: what others may change, the commands in it included. It may wait for disks.
     `with_web`: and who is let in by HTTP, which is nothing to a command that serves nobody. `dry_run`: whatever it says.
     """
-    config = _read(path or DEFAULT_PATH, is_optional=path is None)
+    if path == "":
+        raise configuration.refused('""', "an empty name is no file's", f"name a file: --config {DEFAULT_PATH}")
+    where = DEFAULT_PATH if path is None else path
+    config = _read(where, is_optional=path is None)
     if with_web and config.http.web_config_file:
-        config = replace(config, web=read_web(config.http.web_config_file))
+        try:
+            config = replace(config, web=read_web(config.http.web_config_file))
+        except configuration.InvalidConfigError as error:
+            raise configuration.InvalidConfigError(*error.problems, named_by=printable(where)) from error
     return replace(config, daemon=replace(config.daemon, dry_run=True)) if dry_run else config
 
 
@@ -103,15 +109,19 @@ def read_web(where: str) -> WebConfig:
 
 def _read_trusted(where: str, *, most: int = configuration.MAX_BYTES, is_secret: bool = False) -> bytes:
     """At most one byte more than it may have. Doubt: others may change it, or read what is secret; OSError."""
-    ownership.Trust().check(where)
+    try:
+        ownership.Trust().check(where)
+    except FileNotFoundError:
+        # What a shell's <(...) names is a link of /proc to a pipe: the kernel opens it, and its target is no path.
+        ownership.check_kind(where, Path(where).stat())
+        raise
     # O_NONBLOCK: of a FIFO nobody may ever open the other end.
     file = os.open(where, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     with open(file, "rb") as reader:
         mode = os.fstat(file).st_mode
         if stat.S_ISDIR(mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, "it is no regular file")
+        ownership.check_kind(where, os.fstat(file))
         if is_secret:
             ownership.check_secret(where, os.fstat(file))
         return reader.read(most + 1)

@@ -116,9 +116,9 @@ def _duration(text: str, option: str, shortest: float, longest: float) -> float:
 
 
 def _limit(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < len(str(MOST_LISTED)) + 1):
+    if not (text.isascii() and text.isdigit() and len(text) <= len(str(MOST_LISTED)) and int(text) <= MOST_LISTED):
         raise UsageError(f"--limit: {printable(text)!r} is not a number from 0 to {MOST_LISTED}", hint="--limit 20")
-    return min(int(text), MOST_LISTED)
+    return int(text)
 
 
 # --- hold, release

@@ -81,8 +81,29 @@ def test_the_file_is_the_one_that_is_named_else_that_of_config_else_the_default(
     tmp_path: Path, capsys: Capture
 ) -> None:
     path = a_file(tmp_path)
-    for arguments in ((path, "--config", "/other"), ("--config", path), ()):
+    for arguments in ((path,), (path, "--config", path), ("--config", path), ()):
         assert told(capsys, *arguments, default=path)[0].startswith(f"{path}: right")
+
+
+def test_two_files_are_one_too_many_and_an_empty_name_is_none(tmp_path: Path) -> None:
+    path = a_file(tmp_path)
+    for arguments, sentence in (
+        ([path, "--config", "/other"], f"two files are named: /other and {path}"),
+        (["", "--config", path], "two files are named"),
+        ([""], '"": an empty name is no file\'s'),
+        (["--config", ""], '"": an empty name is no file\'s'),
+    ):
+        with pytest.raises(UsageError, match=re.escape(sentence)):
+            check_config.run(a_parser().parse_args(arguments), path, "not asked")
+
+
+def test_mistakes_of_the_web_configuration_are_looked_for_again_by_the_file_that_names_it(tmp_path: Path) -> None:
+    web = tmp_path / "web.yml"
+    web.write_text("one: 1\ntwo: 2\n")
+    path = a_file(tmp_path, f'[http]\nweb_config_file = "{web}"\n')
+    with pytest.raises(InvalidConfigError, match=re.escape(f"{web}:1: ")) as found:
+        check_config.run(a_parser().parse_args([path]), "/nowhere", "not asked")
+    assert found.value.hint == f"correct these 2 places, then type: duende-ublkd check-config {path}"
 
 
 def test_a_wrong_file_is_an_error_and_with_json_its_mistakes_are_printed(tmp_path: Path, capsys: Capture) -> None:

@@ -1,6 +1,10 @@
 """What one run of `clean` waits for, on the fake kernel in virtual time."""
 
 import asyncio
+import errno
+import io
+import os
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -85,3 +89,25 @@ def test_a_defect_in_a_deletion_is_not_swallowed() -> None:
             await bench.clean()
 
     on_the_bench(test)
+
+
+def test_an_output_that_cannot_be_written_ends_no_cleaning(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    output = cli.Output(full)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BufferedWriter(output)))
+
+    async def test(bench: Bench) -> None:
+        report = cli._CleanReport(quiet=False)
+        clock = asyncio.get_running_loop().time
+        bench.reconciler = Reconciler(bench.kernel, Config(), report, bench.agenda, clock=clock)
+        for orphan in [bench.kernel.serve() for _ in range(3)]:
+            bench.kernel.kill(orphan.openers[0])
+        await asyncio.sleep(100)
+        await once.settle(bench, None, act=True)
+        assert not bench.kernel.taken
+        assert len(report.deeds) == 3
+
+    on_the_bench(test)
+    assert output.failure
+    assert output.failure.errno == errno.ENOSPC
+    os.close(full)

@@ -130,3 +130,49 @@ def test_a_reader_that_stops_reading_is_no_error() -> None:
     )
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
+
+
+def of_a_shell(line: str) -> subprocess.CompletedProcess[str]:
+    line = line.replace("duende-ublkd ", f"{sys.executable} -m duende_ublkd ")
+    shell = ["bash", "-o", "pipefail", "-c", line]
+    return subprocess.run(shell, check=False, capture_output=True, text=True, cwd=REPOSITORY)
+
+
+FULL = "duende-ublkd: the output cannot be written: No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "told"),
+    [
+        ("duende-ublkd --help > /dev/full", 1, FULL),
+        (f"duende-ublkd check-config --id 3 {ANNOTATED} > /dev/full", 1, FULL),
+        (f"duende-ublkd check-config --id 3 {ANNOTATED} >&-", 0, ""),
+        (f"duende-ublkd check-config --id 3 {ANNOTATED} <&- >&- 2>&-", 0, ""),
+        (f"duende-ublkd check-config --id 3 {ANNOTATED} | true", 0, ""),
+        ("duende-ublkd lst 2> /dev/full", 2, ""),
+        ("duende-ublkd lst 2>&-", 2, ""),
+        pytest.param("duende-ublkd doctor > /dev/full", 3, FULL, marks=without_ublk),
+        pytest.param("duende-ublkd doctor --json | true", 3, "", marks=without_ublk),
+    ],
+)
+def test_an_output_that_is_not_taken_changes_no_exit_code_but_that_of_success(line: str, code: int, told: str) -> None:
+    done = of_a_shell(line)
+    assert (done.returncode, done.stderr) == (code, told)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentences"),
+    [
+        (("list", "3"), ("unrecognized arguments: 3", "try: duende-ublkd list --help")),
+        (("run", "--json"), ("unrecognized arguments: --json", "try: duende-ublkd run --help")),
+        (("--json", "list"), ("unrecognized arguments: --json", "try: duende-ublkd --help")),
+        (("clean", "--n", "3"), ("unrecognized arguments: --n", "try: duende-ublkd clean --help")),
+        (("lst",), ("'lst' is no command", 'try: did you mean "list"?')),
+        (("x",), ("'x' is no command", "try: possible here: run, list")),
+        (("list", "--config", ""), ('"": an empty name is no file\'s', "try: name a file")),
+    ],
+)
+def test_wrong_use_names_the_command_whose_help_tells_more(
+    arguments: tuple[str, ...], sentences: tuple[str, ...]
+) -> None:
+    says(run(*arguments), 2, *sentences)

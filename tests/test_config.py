@@ -762,6 +762,12 @@ unknwon = 1
     assert caught.value.hint == "correct these 6 places, then type: duende-ublkd check-config duende.toml"
 
 
+def test_quotes_are_advised_for_values_alone() -> None:
+    assert "quotes" in the_problem("[policy]\norphan_grace = ms")[1]
+    for text in ("[policy", "dry_run", "[daemon]\n[daemon]\n", "a = 1\na = 1\n"):
+        assert "quotes" not in the_problem(text)[1]
+
+
 def test_one_mistake_is_its_own_sentence_and_hint() -> None:
     with pytest.raises(ConfigError) as caught:
         a_config("daemon.dry_run = 0")
@@ -776,7 +782,12 @@ def test_one_mistake_is_its_own_sentence_and_hint() -> None:
     ("text", "message", "hint"),
     [
         (b"[daemon]\nresync_interval = 30s\n", "f:2: Expected newline", "resync_interval = 30s -- texts and durations"),
-        (b"[daemon]\ndry_run = true\ndry_run = true", "f:3: Cannot overwrite a value", "the line is: dry_run = true"),
+        (b"[daemon]\ndry_run = true\ndry_run = true", "f:3: dry_run stands twice", "the line is: dry_run = true"),
+        (b"[daemon]\n[http]\n[daemon]", "f:3: [daemon] stands twice", "write its keys under the first [daemon]"),
+        (b"[http]\n[[http]]", "f:2: [http] and [[http]] cannot both be there", "[http] or [[http]]"),
+        (b"[[alert]]\n[alert]\n", "f:2: [alert] and [[alert]] cannot both be there", "[alert] or [[alert]]"),
+        (b"policy.recover = 1\npolicy.recover.user = 1\n", "f:2: it sets anew what", "policy.recover.user"),
+        (b"policy = { setup_grace = 1, setup_grace = 2 }\n", "f:1: Duplicate inline", "remove one of them; the line"),
         (b"[daemon]\n\ndry_run", "f:3: Expected '='", "the line is: dry_run"),
         (b"[daemon]\na\x00b = 1", "f:2: Expected '='", r"the line is: a\x00b"),
         (b"[daemon]\n\na = '\xff'", "f:3: not UTF-8: byte 0xff at offset 15", "save the file as UTF-8"),

@@ -286,3 +286,12 @@ def test_a_scrape_says_whether_the_daemon_only_says_what_it_would_do(tmp_path: P
         assert b"\nduende_ublkd_dry_run 1.0\n" in daemon._metrics.render()
 
     reloading(tmp_path, None, look)
+
+
+@needs_root
+def test_several_mistakes_of_a_new_configuration_are_one_line_of_the_log(tmp_path: Path) -> None:
+    async def read(daemon: Reloading) -> None:
+        daemon.next = UsageError("f:1: one\nf:2: another", hint="correct them")
+        assert await daemon.reload() == "f:1: one; f:2: another; correct them"
+
+    reloading(tmp_path, None, read)

@@ -995,6 +995,16 @@ def test_a_wrong_configuration_alone_ends_in_two(tmp_path: Path) -> None:
     _, findings = asyncio.run(doctor._read_configuration(str(tmp_path / "nowhere.toml")))
     assert doctor.exit_code(findings) is ExitCode.USAGE
     assert "no such file" in findings[0].text
+    assert findings[0].hint
+    assert findings[0].hint not in findings[0].text
+
+
+def test_what_the_defaults_would_ask_for_is_nothing_to_say_of_a_wrong_configuration(tree: Tree, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    ids = {"state-dir", "recovery-program"}
+    for text, expected in (("", ids), ("[polcy]\n", set())):
+        config.write_text(text)
+        assert by_id(asyncio.run(doctor.examine(str(config), tree.roots))).keys() & ids == expected
 
 
 @without_ublk

@@ -245,6 +245,27 @@ def test_what_is_no_configuration_file_is_refused_at_once(
         read_config(str(path))
 
 
+@pytest.mark.parametrize("mode", [0o020666, 0o060660, 0o140777])
+def test_a_device_that_others_may_write_is_to_be_left_as_it_is(tree: Path, mode: int) -> None:
+    special = tree.with_name("special")
+    os.mknod(special, mode, os.makedev(1, 3))
+    special.chmod(mode & 0o777)
+    os.chown(special, STRANGER, STRANGER)
+    config = a_config(tree, f'[[alert]]\nsink = "command"\ncommand = ["{special}"]\n')
+    for path in (special, config):
+        with pytest.raises(InvalidConfigError, match=f"{special} cannot be used: it is no regular file") as found:
+            read_config(str(path))
+        assert found.value.hint == f"name a regular file instead; what this one is, says: ls -l {special}"
+
+
+def test_a_pipe_that_a_shell_names_is_there_and_no_regular_file() -> None:
+    reader, writer = os.pipe()
+    with pytest.raises(InvalidConfigError, match="it is no regular file"):
+        read_config(f"/proc/self/fd/{reader}")
+    os.close(reader)
+    os.close(writer)
+
+
 def test_the_daemon_does_not_start_with_it_and_check_config_says_why(tree: Path) -> None:
     config = a_config(tree)
     config.chmod(0o666)

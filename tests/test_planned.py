@@ -203,6 +203,7 @@ def test_without_a_daemon_what_it_left_on_hold_is_listed(directory: Path) -> Non
         (("hold", "x"), ("is not the id of a ublk device",)),
         (("release",), ("ID", "duende-ublkd release --help")),
         (("events", "--limit", "-1"), ("--limit",)),
+        (("events", "--limit", "1001"), ("--limit: '1001' is not a number from 0 to 1000", "--limit 20")),
         (("events", "--limit", "x"), ("--limit: 'x' is not a number", "--limit 20")),
         (("events", "--since", "yesterday"), ("--since: ",)),
         (("events", "--follow", "--since", "1"), ("--since: ", "no unit")),
@@ -381,6 +382,22 @@ def test_a_follower_whose_reader_has_gone_ends_without_waiting_for_an_event(dire
     _, errors = process.communicate(timeout=DEADLINE)
     assert (process.returncode, errors) == (0, "duende-ublkd: a note\n")
     wait(lambda: daemon.source.following == 0)
+
+
+def test_a_follower_whose_output_cannot_be_written_ends_and_says_so(directory: Path, daemon: ADaemon) -> None:
+    daemon.add(1)
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "duende_ublkd", "events", "--follow"],
+            check=False,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=REPOSITORY,
+            env=environment(directory),
+            timeout=DEADLINE,
+        )
+    says(done, 1, "the output cannot be written: No space left on device")
 
 
 def test_a_follower_outlives_the_daemon_and_misses_nothing(directory: Path) -> None:

@@ -498,7 +498,7 @@ def test_root_may_reload_and_hears_why_the_old_configuration_stays(path: str) ->
         served.source.problem = "config.toml:2: no"
         with pytest.raises(UsageError, match=r"config\.toml:2: no") as told:
             await served.ask("POST", "/-/reload", {})
-        assert told.value.hint == "duende-ublkd check-config"
+        assert not told.value.hint, "which file it is, and what to type, stands in the problem"
         assert served.source.reloads == 2
 
     serve(path, change)

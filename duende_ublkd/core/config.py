@@ -122,13 +122,15 @@ class Problem:
 class InvalidConfigError(ConfigError):
     """Everything that is wrong with a file, in the order of its lines."""
 
-    def __init__(self, *problems: Problem) -> None:
+    def __init__(self, *problems: Problem, named_by: str = "") -> None:
+        """`named_by`: the configuration that names this file, where it is not the configuration itself."""
         self.problems = tuple(sorted(problems, key=lambda problem: problem.line))
         first = self.problems[0]
         if len(self.problems) == 1:
             super().__init__(str(first), hint=first.hint)
         else:
-            hint = f"correct these {len(self.problems)} places, then type: duende-ublkd check-config {first.file}"
+            file = named_by or first.file
+            hint = f"correct these {len(self.problems)} places, then type: duende-ublkd check-config {file}"
             super().__init__("\n".join(f"{problem}; {problem.hint}" for problem in self.problems), hint=hint)
 
 
@@ -519,9 +521,32 @@ def _syntax_error(source: str, file: str, message: str) -> InvalidConfigError:
     line = int(at[1]) if at and at[1] else len(lines)
     what = message[: at.start()] if at else message
     what += f" (column {at[2]})" if at and at[2] else " (end of file)"
-    reads = lines[line - 1].strip() if line <= len(lines) else ""
-    hint = f'the line is: {printable(reads)} -- texts and durations stand in quotes: orphan_grace = "500ms"'
+    reads = printable(lines[line - 1].strip() if line <= len(lines) else "")
+    hint = f"the line is: {reads}"
+    if message.startswith("Cannot "):  # declare twice, overwrite, mutate, redefine
+        what, hint = _what_stands_twice([each.strip() for each in lines], reads)
+    elif message.startswith("Duplicate "):
+        hint = f"remove one of them; {hint}"
+    elif message.startswith(("Invalid ", "Expected newline")):
+        hint += ' -- texts and durations stand in quotes: orphan_grace = "500ms"'
     return InvalidConfigError(Problem(file, line, "", printable(what), hint))
+
+
+def _what_stands_twice(lines: Sequence[str], reads: str) -> tuple[str, str]:
+    """What is wrong with a line that sets anew what lines before it have set, and what to do about it."""
+    table = reads.partition("]")[0].strip("[ ")
+    one, many = f"[{table}]", f"[[{table}]]"
+    if reads.startswith("["):
+        is_one = not reads.startswith("[[")
+        other = many if is_one else one
+        if any(line.startswith(other) for line in lines):
+            return f"{one} and {many} cannot both be there", f"write the same brackets everywhere: {one} or {many}"
+        if is_one and sum(line.startswith(one) for line in lines) > 1:
+            return f"{one} stands twice", f"write its keys under the first {one}"
+    key, sign, _ = reads.partition("=")
+    if sign and "." not in key and not reads.startswith("["):
+        return f"{key.strip()} stands twice", f"remove one of them; the line is: {reads}"
+    return "it sets anew what an earlier line has set", f"remove one of them; the line is: {reads}"
 
 
 def _are_tables(value: object) -> TypeGuard[list[dict[str, Any]]]:

@@ -81,6 +81,7 @@ class Trust:
             left += target.split("/")[::-1]
 
     def _check_one(self, path: str, status: os.stat_result) -> None:
+        check_kind(path, status)
         if status.st_uid not in self.users:
             raise Doubt(f"{path} belongs to uid {status.st_uid}", f"chown -h root {_typed(path)}")
         mode = status.st_mode
@@ -95,6 +96,15 @@ class Trust:
                 f"{path} has an access list that may let others write it",
                 f"setfacl -b {_typed(path)}; chmod g-w {_typed(path)}",
             )
+
+
+def check_kind(path: str, status: os.stat_result) -> None:
+    """Doubt: it is a device, a FIFO or a socket. Whose it is and who may write it is as it has to be."""
+    if not any(kind(status.st_mode) for kind in (stat.S_ISREG, stat.S_ISDIR, stat.S_ISLNK)):
+        raise Doubt(
+            f"{path} cannot be used: it is no regular file",
+            f"name a regular file instead; what this one is, says: ls -l {_typed(path)}",
+        )
 
 
 def _is_path(text: str) -> bool:

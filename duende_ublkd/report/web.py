@@ -457,7 +457,7 @@ class WebServer:
         reload.add_done_callback(self._end_reload)
         problem = await asyncio.shield(reload)  # a caller who leaves does not leave half a configuration
         if problem:
-            raise UsageError(problem, hint="duende-ublkd check-config")
+            raise UsageError(problem)  # what to type stands in it
         return _json({"reloaded": True})
 
     def _end_reload(self, reload: asyncio.Task[str]) -> None:
