@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from duende_ublkd import __version__, check_config, planned, trial
 from duende_ublkd.core.config import MAX_DEV_ID, Config
@@ -53,13 +53,10 @@ class LogHangsError(Exception):
 class _Parser(argparse.ArgumentParser):
     """argparse, with our kind of errors."""
 
-    def __init__(self, *arguments: Any, **named: Any) -> None:  # noqa: ANN401 - argparse's own
-        super().__init__(*arguments, **{**named, "allow_abbrev": False})  # --n is no --now
-
     def error(self, message: str) -> NoReturn:
         raise UsageError(message, hint=f"{self.prog} --help")
 
-    def _check_value(self, action: argparse.Action, value: Any) -> None:  # noqa: ANN401 - argparse's own
+    def _check_value(self, action: argparse.Action, value: object) -> None:
         if action.choices is not None and value not in action.choices:
             what = f"{printable(str(value), 80)!r} is no {action.metavar or 'choice'}"
             raise UsageError(what.lower(), hint=did_you_mean(str(value), [*action.choices]))
@@ -180,6 +177,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser(
         "doctor", parents=[common, reader], help="what of this machine keeps ublk, or the daemon, from working"
     )
+    for each in (parser, *commands.choices.values()):
+        each.allow_abbrev = False  # --n is no --now
     return parser
 
 

@@ -422,7 +422,7 @@ def test_a_command_that_was_taken_while_the_loop_stalled_has_its_time_to_be_exec
     async def body(subject: Children) -> None:
         await spares_of(subject)
         command = subject.run(an_order("sleep", marker))
-        time.sleep(2)
+        time.sleep(2)  # the stall itself: it was taken meanwhile, and the patience is over
         await command.started()
         assert await command.end() == ""
 

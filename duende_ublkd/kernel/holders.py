@@ -680,17 +680,19 @@ class _Sweep:
             self._look_at_export(export)
 
     def _check_exporters(self) -> None:
-        """Where configfs is mounted elsewhere, or nowhere any more, its exports go on. One that may not be read is as good
-        as none, which is what isdir says of it; Path.is_dir raises.
-        """
+        """Where configfs is mounted elsewhere, or nowhere any more, its exports go on."""
         for module, group in _EXPORTERS.items():
-            if self._is_loaded(module) and not os.path.isdir(f"{self._sys}/kernel/config/{group}"):  # noqa: PTH112 - see above
+            if self._is_loaded(module) and not self._is_shown(f"kernel/config/{group}"):
                 self._overlook(f"exports of {module}: no configfs at {self._sys}/kernel/config")
         for module in filter(self._is_loaded, _OLD_GADGETS):
             self._overlook(f"exports of {module}")
 
     def _is_loaded(self, module: str) -> bool:
-        return os.path.isdir(f"{self._sys}/module/{module}")  # noqa: PTH112 - as in _check_exporters
+        return self._is_shown(f"module/{module}")
+
+    def _is_shown(self, directory: str) -> bool:
+        # One that may not be read is as good as none. Path.is_dir raises there.
+        return os.path.isdir(f"{self._sys}/{directory}")  # noqa: PTH112 - see the line above
 
     def _look_at_export(self, export: Export) -> None:
         node = self._node_at(export.path)
